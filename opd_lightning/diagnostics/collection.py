@@ -1,0 +1,84 @@
+"""Metrics of one collection: the rollouts, the teacher, the support, and a closer look at a few rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from opd_lightning.types import Experience, Finish, Graded, Scores
+
+
+@dataclass(frozen=True)
+class CollectionReport:
+    """Sums and counts of one collection on this rank, and its graded responses.
+
+    ``sums[name] = (sum, count)``; a mean over all ranks is the ratio of their totals.
+    """
+
+    graded: Graded
+    sums: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    def means(self, total: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, float]:
+        """Return the means over all ranks; ``total`` sums a tensor over them. Empty ones are left out."""
+        table = torch.tensor(list(self.sums.values()), dtype=torch.float64, device=device)
+        sums = total(table.float() if device.type == "mps" else table).cpu()
+        return {name: float(s / n) for name, (s, n) in zip(self.sums, sums, strict=True) if n > 0}
+
+
+def describe(
+    graded: Graded, experience: Experience, probe: tuple[Experience, Scores] | None
+) -> CollectionReport:
+    """Return the report of a collection.
+
+    ``rollout/*`` and ``teacher/*`` are means over all its tokens or responses; ``student/*``, the
+    log-ratio ``log T - log S`` of the taken token (``teacher/log_ratio``, nats), and the masses of the
+    support come from the probed rows, since a loss on few tokens computes no normaliser.
+    """
+    rollout = experience.rollout
+    mask, has_answer = rollout.mask, graded.correct.isfinite()
+    sums = {
+        "rollout/length": _over(graded.lengths),
+        "rollout/truncation": _over(graded.truncated),
+        "rollout/eos": _over(rollout.finish == Finish.EOS),
+        "rollout/accuracy": _over(graded.correct[has_answer]),
+        "rollout/behavior_logp": _over(rollout.behavior_logp[mask]),
+    }
+    if experience.teacher_entropy is not None:
+        sums["teacher/entropy"] = _over(experience.teacher_entropy[mask])
+    if experience.teacher_taken_logp is not None:
+        sums["teacher/logp"] = _over(experience.teacher_taken_logp[mask])
+    if probe is not None:
+        sums |= _probed(*probe)
+    return CollectionReport(graded, sums)
+
+
+def _probed(rows: Experience, student: Scores) -> dict[str, tuple[float, float]]:
+    mask = rows.rollout.mask
+    sums: dict[str, tuple[float, float]] = {}
+    if student.entropy is not None:
+        sums["student/entropy"] = _over(student.entropy[mask])
+    if student.taken_logp is not None:
+        sums["student/logp"] = _over(student.taken_logp[mask])
+        if rows.teacher_taken_logp is not None:
+            sums["teacher/log_ratio"] = _over((rows.teacher_taken_logp - student.taken_logp)[mask])
+    if student.support_logp is not None:
+        assert rows.support_valid is not None
+        assert rows.support_teacher_logp is not None
+        sums["support/student_mass"] = _over(_mass(student.support_logp, rows.support_valid)[mask])
+        sums["support/teacher_mass"] = _over(_mass(rows.support_teacher_logp, rows.support_valid)[mask])
+        assert rows.support_ids is not None
+        covers = ((rows.support_ids == rows.rollout.ids.unsqueeze(-1)) & rows.support_valid).any(-1)
+        sums["support/covers_taken"] = _over(covers[mask])
+    return sums
+
+
+def _mass(logp: Float[Tensor, "batch time k"], valid: Tensor) -> Float[Tensor, "batch time"]:
+    return torch.where(valid, logp.exp(), torch.zeros_like(logp)).sum(-1)
+
+
+def _over(values: Tensor) -> tuple[float, float]:
+    return float(values.double().sum()), float(values.numel())

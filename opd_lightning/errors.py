@@ -1,0 +1,21 @@
+"""Errors that a user can act on: one sentence with the field, the condition, the value and the remedy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A setting, a file or a combination of parts that cannot work. The commands print it and exit with 2."""
+
+
+def require(holds: bool, field: str, condition: str, value: Any, remedy: str) -> None:
+    """Raise :class:`ConfigError` in the project's one form unless ``holds``.
+
+    >>> require(False, "estimator.gamma", "be in [0, 1]", 1.5, "use 0 for token-level credit")
+    Traceback (most recent call last):
+    ...
+    opd_lightning.errors.ConfigError: `estimator.gamma` must be in [0, 1], got 1.5; use 0 for token-level credit
+    """
+    if not holds:
+        raise ConfigError(f"`{field}` must {condition}, got {value!r}; {remedy}")

@@ -1,0 +1,113 @@
+"""Loading causal language models and tokenizers by path or name, and aligning two vocabularies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from opd_lightning.errors import ConfigError
+from opd_lightning.paths import model_path
+
+_PROBES = ("Let x = 12.5; then 3*x - 7 = 30.5.", "Zoë said:\n\t“naïve”  \\frac{1}{2}", "数学 def f(x): return x**2")
+
+
+def load_model(path: str, field: str, dtype: str = "float32") -> PreTrainedModel:
+    """Load a causal language model in ``dtype`` from a folder, a hub name or ``builtin:task/role``.
+
+    Safetensors only, and no code of the checkpoint's own is run.
+
+    Raises:
+        ConfigError: nothing that transformers can load lies there.
+    """
+    _check_folder(path, field)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            model_path(path), dtype=getattr(torch, dtype), use_safetensors=True
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(_sentence(path, field, error)) from error
+    return model
+
+
+def vocabulary_width(path: str, field: str) -> int:
+    """Return the width of a model's logits from its configuration alone, before its weights are loaded."""
+    _check_folder(path, field)
+    try:
+        config = AutoConfig.from_pretrained(model_path(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(_sentence(path, field, error)) from error
+    return int(config.get_text_config().vocab_size)
+
+
+def load_tokenizer(path: str, field: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that lies with a model.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    _check_folder(path, field)
+    try:
+        return AutoTokenizer.from_pretrained(model_path(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(_sentence(path, field, error, "tokenizer")) from error
+
+
+def _check_folder(path: str, field: str) -> None:
+    local = model_path(path)
+    looks_local = path.startswith(("builtin:", ".", "/", "~")) or path.count("/") > 1
+    if looks_local and not (Path(local) / "config.json").is_file():
+        raise ConfigError(
+            f"`{field}` must be a folder with a model (config.json, safetensors), got {path!r}; "
+            "check the path, or give a hub name such as 'Qwen/Qwen3-0.6B'"
+        )
+
+
+def _sentence(path: str, field: str, error: Exception, what: str = "causal language model") -> str:
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return f"`{field}` must name a {what} that transformers can load, got {path!r}; it says: {first}"
+
+
+def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Return every id that ends a response: the generation config's, else the tokenizer's."""
+    configured = model.generation_config.eos_token_id if model.generation_config else None
+    ids = [configured] if isinstance(configured, int) else list(configured or [])
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ids:
+        ids.append(tokenizer.eos_token_id)
+    return tuple(ids)
+
+
+def shared_vocabulary(
+    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, widths: tuple[int, int]
+) -> int:
+    """Return the width of the vocabulary that two models share, after checking that ids mean the same.
+
+    Tokenizers must give every ordinary (non-added) token the same id and cut text the same way; padded
+    widths (151,936 and 152,064 of one tokenizer) and extra added tokens may differ, and both models are
+    then read up to the smaller width (numerics.md, section 7).
+
+    Raises:
+        ConfigError: the tokenizers differ.
+    """
+    ordinary = [
+        {t: i for t, i in tok.get_vocab().items() if i not in tok.added_tokens_decoder}
+        for tok in (student, teacher)
+    ]
+    if ordinary[0] != ordinary[1]:
+        differing = sorted(t for t in ordinary[0].keys() | ordinary[1].keys() if ordinary[0].get(t) != ordinary[1].get(t))
+        token = differing[0]
+        raise ConfigError(
+            f"`teacher.path` must have the student's tokenizer, got one in which {len(differing)} ordinary tokens "
+            f"differ (for example {token!r}: student id {ordinary[0].get(token)}, teacher id {ordinary[1].get(token)}); "
+            "choose a teacher of the same family, since log-probs are compared id by id"
+        )
+    for text in _PROBES:
+        cut = [tok(text, add_special_tokens=False)["input_ids"] for tok in (student, teacher)]
+        if cut[0] != cut[1]:
+            raise ConfigError(
+                f"`teacher.path` must have the student's tokenizer, got one that cuts {text!r} otherwise "
+                f"({len(cut[0])} and {len(cut[1])} tokens); choose a teacher of the same family"
+            )
+    return min(widths)

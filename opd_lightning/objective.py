@@ -1,0 +1,117 @@
+"""What is minimised: an estimator, the support it compares on, regularizers, masks and one reduction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from opd_lightning.errors import ConfigError
+from opd_lightning.protocols import Estimator, Mask, Reduction, Regularizer, Support
+from opd_lightning.types import Experience, Needs, Origin, Rollout, Scores, TokenLoss, Want
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """The parts of a loss, checked against each other once and shared by both halves of a run.
+
+    The collecting half reads :attr:`needs`, :meth:`mask` and :attr:`reduction`; the learning half reads
+    :attr:`want` and calls :meth:`loss`. The loss of an optimizer step is
+    ``sum over its tokens of share * weight * value``, where the shares sum to 1 over the whole step.
+
+    Raises:
+        ConfigError: parts that cannot work together, with the remedy.
+    """
+
+    estimator: Estimator
+    support: Support
+    reduction: Reduction
+    regularizers: Mapping[str, Regularizer] = field(default_factory=dict)
+    masks: Mapping[str, Mask] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, part in self._parts().items():
+            needs = part.needs
+            if needs.support and not self.support.needs.support:
+                raise ConfigError(
+                    f"`support` must select the tokens that {name} compares, got none; "
+                    "add support=teacher (or student, augmented, union, full)"
+                )
+            size = self.support.size
+            if needs.support and size is not None and size < needs.least_support:
+                raise ConfigError(
+                    f"`support` must hold at least {needs.least_support} tokens for {name} in its renormalised form, "
+                    f"got {size}: a distribution renormalised on one token is always 1 and its divergence always 0; "
+                    "use support.k=16, estimator.form=tail, or estimator=token for the sampled token alone"
+                )
+
+    def _parts(self) -> dict[str, Estimator | Regularizer]:
+        estimator = {f"estimator {type(self.estimator).__name__}": self.estimator}
+        return estimator | {f"regularizer {name}": part for name, part in self.regularizers.items()}
+
+    @property
+    def uses_support(self) -> bool:
+        """Whether a loss is evaluated on the support (otherwise it feeds diagnostics only)."""
+        return any(part.needs.support for part in self._parts().values())
+
+    @property
+    def needs(self) -> Needs:
+        """What must be collected, over all parts."""
+        needs = self.support.needs
+        for part in (*self._parts().values(), *self.masks.values()):
+            needs = needs | part.needs
+        return needs
+
+    @property
+    def want(self) -> Want:
+        """What the student is asked for in the learning half."""
+        want = Want()
+        for part in self._parts().values():
+            want = want | part.want
+        if self.support.needs.full and want.support != "none":
+            want = replace(want, support="none", full=True)
+        return want
+
+    def mask(self, rollout: Rollout) -> Bool[Tensor, "batch time"]:
+        """Return the tokens in the loss: written by a model or the data, inside the horizon, not masked."""
+        inside = rollout.mask & rollout.horizon & (rollout.origin != Origin.ENVIRONMENT)
+        for mask in self.masks.values():
+            inside = inside & mask(rollout)
+        return inside
+
+    def shares(
+        self, rollout: Rollout, total: Callable[[Tensor], Tensor]
+    ) -> Float[Tensor, "batch time"]:
+        """Return each token's share of the loss of the optimizer step that ``rollout`` is.
+
+        ``total`` sums a number over ranks.
+        """
+        return self.reduction(self.mask(rollout), total)
+
+    def token_loss(self, scores: Scores, experience: Experience, progress: float) -> TokenLoss:
+        """Return the loss per token: the estimator's, changed by each regularizer in order."""
+        loss = self.estimator(scores, experience, progress)
+        for regularizer in self.regularizers.values():
+            loss = regularizer(loss, scores, experience, progress)
+        return loss
+
+    def loss(
+        self, scores: Scores, experience: Experience, progress: float
+    ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
+        """Return this micro-batch's part of the step's loss, and of each per-token metric's mean.
+
+        Parts of the micro-batches and ranks of one optimizer step add up; a token outside the loss
+        contributes nothing, even if its value is not finite.
+        """
+        loss = self.token_loss(scores, experience, progress)
+        value = _shared(loss.value * loss.weight, experience.share)
+        metrics = {name: _shared(m.detach(), experience.share) for name, m in loss.metrics.items()}
+        return value, metrics
+
+
+def _shared(value: Float[Tensor, "batch time"], share: Float[Tensor, "batch time"]) -> Float[Tensor, ""]:
+    inside = share > 0
+    return (torch.where(inside, value, torch.zeros_like(value)) * share).sum()

@@ -1,0 +1,188 @@
+"""The narrow interfaces through which the parts meet. Parts import this module and types, never each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from opd_lightning.types import (
+    Candidates,
+    Experience,
+    Generation,
+    Needs,
+    Problem,
+    PromptBatch,
+    Rollout,
+    Sampling,
+    Scores,
+    TokenBatch,
+    TokenLoss,
+    Want,
+)
+
+Generate = Callable[[PromptBatch, Sampling], Generation]
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """Generates responses with the student's current weights."""
+
+    def generate(self, model: PreTrainedModel, prompts: PromptBatch, sampling: Sampling) -> Generation:
+        """Draw one response for each row of ``prompts``, reproducibly from its seed."""
+        ...
+
+
+@runtime_checkable
+class RolloutSampler(Protocol):
+    """Decides how responses come about: sampling settings, lengths, who writes which token."""
+
+    @property
+    def samples(self) -> int:
+        """Responses per prompt."""
+        ...
+
+    def __call__(self, prompts: PromptBatch, generate: Generate, progress: float, top_ids: int) -> Rollout:
+        """Return ``samples`` responses for each prompt. ``progress`` in [0, 1] drives schedules."""
+        ...
+
+
+@runtime_checkable
+class Scoring(Protocol):
+    """Scores given tokens: the student, a teacher or a reference."""
+
+    def __call__(
+        self, tokens: TokenBatch, want: Want, support_ids: Int[Tensor, "batch time k"] | None = None
+    ) -> Scores:
+        """Return what ``want`` asks for at every response position."""
+        ...
+
+
+@runtime_checkable
+class Support(Protocol):
+    """Chooses which token ids are compared at each position.
+
+    ``size`` is the most ids that a position can have, None for none or the whole vocabulary.
+    """
+
+    @property
+    def needs(self) -> Needs:
+        """What must be collected to choose, and whether a support exists at all."""
+        ...
+
+    @property
+    def size(self) -> int | None:
+        """The most ids at one position."""
+        ...
+
+    def __call__(
+        self, candidates: Candidates
+    ) -> tuple[Int[Tensor, "batch time k"], Bool[Tensor, "batch time k"]]:
+        """Return ids and their validity (False at duplicates)."""
+        ...
+
+
+@runtime_checkable
+class Divergence(Protocol):
+    """A divergence between two normalised distributions on the same categories."""
+
+    def __call__(
+        self,
+        student_logp: Float[Tensor, "*batch k"],
+        teacher_logp: Float[Tensor, "*batch k"],
+        valid: Bool[Tensor, "*batch k"] | None = None,
+    ) -> Float[Tensor, "*batch"]:
+        """Reduce the last axis. ``valid`` marks the categories that exist."""
+        ...
+
+
+@runtime_checkable
+class Reward(Protocol):
+    """The reward of a taken token for the score-function estimators."""
+
+    def __call__(
+        self, student_logp: Float[Tensor, "batch time"], teacher_logp: Float[Tensor, "batch time"]
+    ) -> Float[Tensor, "batch time"]:
+        """Return one detached number a token; larger is better."""
+        ...
+
+
+@runtime_checkable
+class Estimator(Protocol):
+    """Turns the objective into a loss per token."""
+
+    @property
+    def needs(self) -> Needs:
+        """What must be collected."""
+        ...
+
+    @property
+    def want(self) -> Want:
+        """What the student must score in the learning half."""
+        ...
+
+    def __call__(self, scores: Scores, experience: Experience, progress: float) -> TokenLoss:
+        """Return value and weight at every response position."""
+        ...
+
+
+@runtime_checkable
+class Regularizer(Protocol):
+    """Adds to the value of a loss, or scales its weight."""
+
+    @property
+    def needs(self) -> Needs:
+        """What must be collected."""
+        ...
+
+    @property
+    def want(self) -> Want:
+        """What the student must score in the learning half."""
+        ...
+
+    def __call__(
+        self, loss: TokenLoss, scores: Scores, experience: Experience, progress: float
+    ) -> TokenLoss:
+        """Return the changed loss."""
+        ...
+
+
+@runtime_checkable
+class Mask(Protocol):
+    """Chooses tokens that teach nothing: they leave the loss and its denominator."""
+
+    @property
+    def needs(self) -> Needs:
+        """What must be collected."""
+        ...
+
+    def __call__(self, rollout: Rollout) -> Bool[Tensor, "batch time"]:
+        """Return True where a token stays in the loss."""
+        ...
+
+
+@runtime_checkable
+class Reduction(Protocol):
+    """Turns the tokens in the loss into each token's share of it."""
+
+    def __call__(
+        self, mask: Bool[Tensor, "batch time"], total: Callable[[Tensor], Tensor]
+    ) -> Float[Tensor, "batch time"]:
+        """Return shares that sum to 1 over the optimizer step; ``total`` sums a number over ranks."""
+        ...
+
+
+@runtime_checkable
+class Task(Protocol):
+    """Prompts and a grader."""
+
+    def problems(self, split: str) -> Sequence[Problem]:
+        """Return the problems of ``"train"``, ``"validation"`` or ``"test"``, in a fixed order."""
+        ...
+
+    def grade(self, problem: Problem, response: str) -> float | None:
+        """Return 1.0 for a right, 0.0 for a wrong response, None where the problem has no answer."""
+        ...

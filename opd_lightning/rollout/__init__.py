@@ -1,0 +1,1 @@
+"""Rollout samplers: how responses come about."""

@@ -1,0 +1,180 @@
+"""The one place where hidden states meet a language-model head.
+
+A :class:`Scorer` wraps a causal language model and answers a :class:`~opd_lightning.types.Want` at every
+response position: backbone and head run inside one ``forward``, so sharding hooks fire once, a tied head
+is the embedding itself, and no tensor with a vocabulary axis leaves. Student, teacher and reference are
+all scorers; only the student's is trained.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from opd_lightning.errors import ConfigError
+from opd_lightning.functional import head as heads
+from opd_lightning.protocols import Divergence
+from opd_lightning.types import Scores, TokenBatch, Want
+
+
+class Scorer(nn.Module):
+    """Scores given tokens with a causal language model.
+
+    Args:
+        model: a transformers causal language model.
+        vocab: width of the vocabulary shared with the other model of the run; head rows at or above
+            it are padding and do not exist for any probability (numerics.md, section 7).
+        chunk: positions whose logits are alive at once; memory of the head is ``chunk * vocab * 4`` bytes.
+
+    Raises:
+        ConfigError: the model's own logits are not what its head gives from its last hidden states.
+    """
+
+    def __init__(self, model: PreTrainedModel, vocab: int | None = None, chunk: int = 2048) -> None:
+        super().__init__()
+        self.model = model
+        self.vocab = vocab or model.get_output_embeddings().weight.shape[0]
+        self.chunk = chunk
+        config = model.config.get_text_config()
+        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        self.logit_scale: float = _logit_scale(config)
+        # The head of the other model for the full-vocabulary divergence; a plain attribute of no
+        # registered module, so that no teacher weight reaches an optimizer or a checkpoint.
+        self.__dict__["full_target"] = None
+
+    @property
+    def head(self) -> heads.Head:
+        """The head over the shared vocabulary, read afresh because sharding swaps its tensors."""
+        layer = self.model.get_output_embeddings()
+        bias = getattr(layer, "bias", None)
+        return heads.Head(
+            weight=layer.weight[: self.vocab],
+            bias=None if bias is None else bias[: self.vocab],
+            softcap=self.softcap,
+            scale=self.logit_scale,
+        )
+
+    def set_full_target(self, head: heads.Head, divergence: Divergence) -> None:
+        """Give the frozen teacher head and the divergence that ``Want.full`` evaluates."""
+        self.__dict__["full_target"] = (head, divergence)
+
+    def forward(
+        self,
+        tokens: TokenBatch,
+        want: Want,
+        support_ids: Int[Tensor, "batch time k"] | None = None,
+        teacher_hidden: Float[Tensor, "batch time hidden"] | None = None,
+    ) -> Scores:
+        """Score every response token; see :class:`~opd_lightning.types.Want` and ``Scores``.
+
+        Only positions that predict a response token reach the head, in fp32 accumulation. Temperature
+        is 1 and no truncation applies, whatever the sampler did.
+        """
+        mask = tokens.mask
+        hidden = self._hidden(tokens)
+        scores: dict[str, Tensor | None] = {}
+        if want.support == "renormalised" and not (want.taken or want.entropy or want.top):
+            assert support_ids is not None
+            logits = heads.support_logits(hidden, self.head, support_ids[mask])
+            scores["support_logp"] = _fill(torch.log_softmax(logits, -1), mask)
+        elif want.taken or want.entropy or want.top or want.support != "none":
+            scores |= self._exact(hidden, tokens, want, support_ids)
+        if want.full:
+            assert teacher_hidden is not None
+            assert self.full_target is not None
+            target, divergence = self.full_target
+            value = heads.full(hidden, self.head, teacher_hidden[mask], target, divergence, self.chunk)
+            scores["divergence"] = _fill(value, mask)
+        if want.hidden:
+            scores["hidden"] = _fill(hidden, mask)
+        return Scores(**scores)
+
+    def _exact(
+        self, hidden: Float[Tensor, "n hidden"], tokens: TokenBatch, want: Want, support_ids: Tensor | None
+    ) -> dict[str, Tensor | None]:
+        """Everything that needs the true normaliser, in one pass of chunks."""
+        mask = tokens.mask
+        ids = tokens.ids[mask].unsqueeze(-1)
+        if want.support != "none":
+            assert support_ids is not None
+            ids = torch.cat([ids, support_ids[mask]], -1)
+        top_ids = top_logp = None
+        if want.top:
+            top_ids, top_logp, logp, entropy = heads.top(
+                hidden, self.head, want.top, ids, entropy=want.entropy, chunk=self.chunk
+            )
+        else:
+            logp, entropy = heads.exact(hidden, self.head, ids, entropy=want.entropy, chunk=self.chunk)
+        return {
+            "taken_logp": _fill(logp[:, 0], mask) if want.taken else None,
+            "support_logp": _fill(logp[:, 1:], mask) if want.support != "none" else None,
+            "entropy": _fill(entropy, mask) if entropy is not None else None,
+            "top_ids": _fill(top_ids, mask) if top_ids is not None else None,
+            "top_logp": _fill(top_logp, mask) if top_logp is not None else None,
+        }
+
+    def _hidden(self, tokens: TokenBatch) -> Float[Tensor, "n hidden"]:
+        """Last hidden states that predict each response token, response order, padding removed.
+
+        Rows are moved to the left so that padding is on the right only: a causal model then needs no
+        attention mask, which is the fastest layout that was measured (STACK.md, section 6).
+        """
+        ids, starts, longest = _left_aligned(tokens)
+        states = self.model.base_model(input_ids=ids[:, :longest], use_cache=False)[0]
+        time = torch.arange(tokens.ids.shape[1], device=ids.device)
+        positions = (starts.unsqueeze(-1) - 1 + time).clamp_(max=states.shape[1] - 1)
+        rows = torch.arange(len(ids), device=ids.device).unsqueeze(-1).expand_as(positions)
+        mask = tokens.mask
+        return states[rows[mask], positions[mask]]
+
+
+def _left_aligned(
+    tokens: TokenBatch,
+) -> tuple[Int[Tensor, "batch length"], Int[Tensor, " batch"], int]:
+    """Return ids with each row's prompt and response moved to the left, prompt lengths, longest row."""
+    ids = torch.cat([tokens.prompt_ids, tokens.ids], -1)
+    exists = torch.cat([tokens.prompt_mask, tokens.mask], -1)
+    order = torch.argsort(exists.logical_not(), dim=-1, stable=True)
+    longest = max(int(exists.sum(-1).max()), 1)
+    return ids.gather(-1, order), tokens.prompt_mask.sum(-1), longest
+
+
+def _fill(values: Tensor, mask: Bool[Tensor, "batch time"]) -> Tensor:
+    """Put ``values [n ...]`` at the True places of ``mask``, zeros elsewhere."""
+    out = values.new_zeros((*mask.shape, *values.shape[1:]))
+    # index_put rather than masked assignment: differentiable without an in-place write on a leaf.
+    return out.index_put(torch.where(mask), values)
+
+
+def _logit_scale(config: object) -> float:
+    """Return the factor that a model family puts on its logits."""
+    if (scale := getattr(config, "logit_scale", None)) is not None:
+        return float(scale)
+    if (scaling := getattr(config, "logits_scaling", None)) is not None:
+        return 1.0 / float(scaling)
+    return 1.0
+
+
+@torch.no_grad()
+def check_head(scorer: Scorer, path: str) -> None:
+    """Refuse a model whose logits are not ``head(last hidden state)``, before anything trains on them.
+
+    Raises:
+        ConfigError: its architecture does something at the head that :class:`Scorer` does not know.
+    """
+    device = scorer.model.get_input_embeddings().weight.device
+    ids = torch.arange(1, 5, device=device).unsqueeze(0) % scorer.vocab
+    logits = scorer.model(input_ids=ids, use_cache=False).logits[0, :, : scorer.vocab].float()
+    hidden = scorer.model.base_model(input_ids=ids, use_cache=False)[0][0]
+    exact, ids = torch.log_softmax(logits, -1).topk(min(16, scorer.vocab), -1)
+    ours, _ = heads.exact(hidden, scorer.head, ids, entropy=False, chunk=scorer.chunk)
+    gap = (ours - exact).abs().max().item()
+    tolerance = 1e-3 if hidden.dtype == torch.float32 else 0.3
+    if gap > tolerance:
+        raise ConfigError(
+            f"the head of {path!r} ({type(scorer.model).__name__}) gives log-probs that differ by {gap:.3g} from "
+            "the model's own: its architecture does something there that is not supported; use another model "
+            "or teach `opd_lightning.scorer.Scorer` its head"
+        )

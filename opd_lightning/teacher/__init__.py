@@ -1,0 +1,1 @@
+"""Teachers: who scores the student's tokens."""
