@@ -1,0 +1,1 @@
+"""Divergences between student and teacher, the choice of the top-k estimator and of regularizers."""

@@ -1,0 +1,1 @@
+"""Estimators: how the objective becomes a loss per token."""

@@ -1,0 +1,1 @@
+"""Pure functions on tensors: every formula of the package, in one place each."""

@@ -1,0 +1,1 @@
+"""Masks: response tokens that teach nothing."""

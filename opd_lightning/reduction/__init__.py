@@ -1,0 +1,1 @@
+"""Reductions: each token's share of the loss over one optimizer step."""

@@ -1,0 +1,1 @@
+"""Rewards of a taken token, for the score-function estimators."""

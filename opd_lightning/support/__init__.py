@@ -1,0 +1,1 @@
+"""Supports: which token ids are compared at a position."""
