@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
 from opd_lightning.errors import ConfigError, require
 from opd_lightning.functional.divergence import FORMS, Form
 from opd_lightning.functional.masked import masked_fill
-from opd_lightning.protocols import Divergence, Support
+from opd_lightning.protocols import Divergence
 from opd_lightning.types import Experience, Needs, Scores, TokenLoss, Want
 
 _NO_SUPPORT = "`estimator=topk` must have a support to compare on, got none; use support=teacher"
@@ -31,21 +30,19 @@ class TopK:
     divergence: Divergence
     form: Form = "renormalised"
 
-    needs: ClassVar[Needs] = Needs(support=True)
-
     def __post_init__(self) -> None:
         remedy = "use renormalised, or tail to see the mass off the support"
         require(self.form in FORMS, "estimator.form", f"be one of {', '.join(FORMS)}", self.form, remedy)
 
     @property
+    def needs(self) -> Needs:
+        """A support; renormalised over a single id every distribution would be the same."""
+        return Needs(support=True, least_support=2 if self.form == "renormalised" else 1)
+
+    @property
     def want(self) -> Want:
         """Log-probs on the support; without a normaliser where the form cancels it anyway."""
         return Want(support="renormalised" if self.form == "renormalised" else "exact")
-
-    def check_support(self, support: Support) -> None:
-        """Refuse a support that this estimator cannot use, before anything is loaded."""
-        if not support.needs.full:
-            self._check_size(support.size or 0)
 
     def __call__(self, scores: Scores, experience: Experience, progress: float) -> TokenLoss:
         """Return value and weight at every response position."""

@@ -19,7 +19,7 @@ class Full:
     The teacher must run in this process: one that is served sends log-probs, not hidden states.
     """
 
-    needs: ClassVar[Needs] = Needs(full=True)
+    needs: ClassVar[Needs] = Needs(support=True, full=True)
     size: ClassVar[int | None] = None
 
     def __call__(

@@ -20,7 +20,7 @@ class Sampled:
     token by S(y) once more.
     """
 
-    needs: ClassVar[Needs] = Needs()
+    needs: ClassVar[Needs] = Needs(support=True)
     size: ClassVar[int | None] = 1
 
     def __call__(

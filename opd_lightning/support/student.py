@@ -27,7 +27,7 @@ class StudentTopK:
     @property
     def needs(self) -> Needs:
         """The student's top ids."""
-        return Needs(student_top=self.k)
+        return Needs(support=True, student_top=self.k)
 
     @property
     def size(self) -> int | None:

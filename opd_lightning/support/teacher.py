@@ -24,7 +24,7 @@ class TeacherTopK:
     @property
     def needs(self) -> Needs:
         """The teacher's top ids."""
-        return Needs(teacher_top=self.k)
+        return Needs(support=True, teacher_top=self.k)
 
     @property
     def size(self) -> int | None:

@@ -27,7 +27,7 @@ class Union:
     @property
     def needs(self) -> Needs:
         """Both models' top ids."""
-        return Needs(teacher_top=self.k, student_top=self.k)
+        return Needs(support=True, teacher_top=self.k, student_top=self.k)
 
     @property
     def size(self) -> int | None:
