@@ -20,7 +20,9 @@ def micro_batches(experience: Experience, count: int) -> list[Experience]:
     Raises:
         ConfigError: ``count`` below 1.
     """
-    require(count >= 1, "trainer.accumulate_grad_batches", "be at least 1", count, "use 1 for no accumulation")
+    require(
+        count >= 1, "trainer.accumulate_grad_batches", "be at least 1", count, "use 1 for no accumulation"
+    )
     rollout = experience.rollout
     tokens = rollout.prompt.mask.sum(-1) + rollout.lengths
     order = torch.argsort(tokens, stable=True)

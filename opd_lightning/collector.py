@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 
@@ -87,9 +87,21 @@ class Collector:
             self.prompts_per_collection,
             "each optimizer step takes the same number of prompts",
         )
-        require(self.steps_per_collection >= 1, "collector.steps_per_collection", "be at least 1", self.steps_per_collection, "use 1 to train on each response once")
+        require(
+            self.steps_per_collection >= 1,
+            "collector.steps_per_collection",
+            "be at least 1",
+            self.steps_per_collection,
+            "use 1 to train on each response once",
+        )
         require(self.score_rows >= 1, "collector.score_rows", "be at least 1", self.score_rows, "use 32")
-        require(self.probe_rows >= 0, "collector.probe_rows", "be at least 0", self.probe_rows, "use 0 for no probe")
+        require(
+            self.probe_rows >= 0,
+            "collector.probe_rows",
+            "be at least 0",
+            self.probe_rows,
+            "use 0 for no probe",
+        )
 
     def check_world(self, size: int) -> None:
         """Refuse a number of processes that the prompts of an optimizer step cannot be divided by."""
@@ -118,12 +130,11 @@ class Collector:
         with torch.no_grad():
             rollout = replace(self._roll_out(student, collection, progress, world), version=version)
             with self.clock.during("score"):
-                experience = self._score(student, rollout)
+                experience = replace(self._score(student, rollout), progress=progress)
                 self.clock.tokens["score"] += int(rollout.mask.sum())
             report = describe(self._graded(rollout), experience, self._probe(student, experience))
             steps = [
-                micro_batches(self._with_shares(part, world), accumulate)
-                for part in self._steps(experience)
+                micro_batches(self._with_shares(part, world), accumulate) for part in self._steps(experience)
             ]
         return steps, report
 
@@ -138,7 +149,7 @@ class Collector:
             for step in range(self.steps_per_collection)
             for j in range(world.rank, per_step, world.size)
         ]
-        device = student.model.get_input_embeddings().weight.device
+        device = student.device
         prompts = self.prompts.stream(positions).to(device)
         with self.clock.during("generate"):
             generate = partial(self._generate, student)
@@ -162,7 +173,7 @@ class Collector:
             for f in fields(Experience)
             if isinstance(getattr(parts[0], f.name), Tensor)
         }
-        return Experience(rollout=rollout, **joined)
+        return Experience(rollout=rollout, **joined)  # type: ignore[arg-type]
 
     def _score_rows(self, student: Scorer, rollout: Rollout) -> Experience:
         """One forward of the teacher, and at most one of the student, for some rows."""
@@ -173,7 +184,11 @@ class Collector:
             chosen = rollout.top_ids if own is None or own.top_ids is None else own.top_ids
             assert chosen is not None
             student_top = chosen[..., : needs.student_top]
-        given = rollout.ids.unsqueeze(-1) if student_top is None else torch.cat([rollout.ids.unsqueeze(-1), student_top], -1)
+        given = (
+            rollout.ids.unsqueeze(-1)
+            if student_top is None
+            else torch.cat([rollout.ids.unsqueeze(-1), student_top], -1)
+        )
         want = Want(taken=True, entropy=True, support="exact", top=needs.teacher_top, hidden=needs.full)
         taught = self.teacher(tokens, want, given)
         candidates = Candidates(taken=rollout.ids, teacher_top=taught.top_ids, student_top=student_top)
@@ -218,23 +233,31 @@ class Collector:
             return None
         with self.clock.during("probe"):
             rows = experience.rows(slice(0, self.probe_rows))
-            form: Want = Want(taken=True, entropy=True, support="none" if rows.support_ids is None else "exact")
+            form: Want = Want(
+                taken=True, entropy=True, support="none" if rows.support_ids is None else "exact"
+            )
             return rows, student(rows.rollout.tokens, form, rows.support_ids)
 
     def _graded(self, rollout: Rollout) -> Graded:
         return grade(self.task, self.tokenizer, rollout.prompt, rollout.ids, rollout.mask, rollout.finish)
 
     def evaluate(
-        self, model: Scorer, prompts: Prompts, sampling: Sampling, samples: int, batch: int
+        self,
+        model: Scorer,
+        prompts: Prompts,
+        rows: Sequence[int],
+        sampling: Sampling,
+        samples: int,
+        batch: int,
     ) -> Iterator[Graded]:
-        """Generate and grade ``samples`` responses to every prompt of a split, ``batch`` prompts at a time."""
-        device = model.model.get_input_embeddings().weight.device
-        for start in range(0, len(prompts), batch):
-            rows = prompts.first(start, min(start + batch, len(prompts))).repeat(samples).to(device)
+        """Generate and grade ``samples`` responses to the prompts ``rows`` of a split, ``batch`` at a time."""
+        device = model.device
+        for start in range(0, len(rows), batch):
+            asked = prompts.first(rows[start : start + batch]).repeat(samples).to(device)
             with torch.no_grad(), self.clock.during("evaluate"):
-                drawn = self._generate(model, rows, sampling)
+                drawn = self._generate(model, asked, sampling)
                 self.clock.tokens["evaluate"] += int(drawn.mask.sum())
-                yield grade(self.task, self.tokenizer, rows, drawn.ids, drawn.mask, drawn.finish)
+                yield grade(self.task, self.tokenizer, asked, drawn.ids, drawn.mask, drawn.finish)
 
 
 def grade(
@@ -247,10 +270,13 @@ def grade(
 ) -> Graded:
     """Decode and grade responses; one that its budget cut is wrong."""
     rows = [row[keep].tolist() for row, keep in zip(ids.cpu(), mask.cpu(), strict=True)]
-    texts = [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+    texts = [str(tokenizer.decode(row, skip_special_tokens=True)) for row in rows]
     truncated = finish == Finish.LENGTH
     grades = [task.grade(p, t) for p, t in zip(prompts.problems, texts, strict=True)]
-    correct = [float("nan") if g is None else g * (not cut) for g, cut in zip(grades, truncated.tolist(), strict=True)]
+    correct = [
+        float("nan") if g is None else g * (not cut)
+        for g, cut in zip(grades, truncated.tolist(), strict=True)
+    ]
     return Graded(
         correct=torch.tensor(correct, dtype=torch.float32),
         lengths=mask.sum(-1).cpu(),
@@ -273,5 +299,3 @@ def _look_up(
         known_logp = torch.cat([known_logp, taught.top_logp], -1)
     where = (ids.unsqueeze(-1) == known_ids.unsqueeze(-2)).to(torch.uint8).argmax(-1)
     return known_logp.gather(-1, where)
-
-

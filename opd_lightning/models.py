@@ -11,7 +11,11 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from opd_lightning.errors import ConfigError
 from opd_lightning.paths import model_path
 
-_PROBES = ("Let x = 12.5; then 3*x - 7 = 30.5.", "Zoë said:\n\t“naïve”  \\frac{1}{2}", "数学 def f(x): return x**2")
+_PROBES = (
+    "Let x = 12.5; then 3*x - 7 = 30.5.",
+    "Zoë said:\n\t“naïve”  \\frac{1}{2}",
+    "数学 def f(x): return x**2",
+)
 
 
 def load_model(path: str, field: str, dtype: str = "float32") -> PreTrainedModel:
@@ -96,7 +100,8 @@ def shared_vocabulary(
         for tok in (student, teacher)
     ]
     if ordinary[0] != ordinary[1]:
-        differing = sorted(t for t in ordinary[0].keys() | ordinary[1].keys() if ordinary[0].get(t) != ordinary[1].get(t))
+        every = ordinary[0].keys() | ordinary[1].keys()
+        differing = sorted(t for t in every if ordinary[0].get(t) != ordinary[1].get(t))
         token = differing[0]
         raise ConfigError(
             f"`teacher.path` must have the student's tokenizer, got one in which {len(differing)} ordinary tokens "

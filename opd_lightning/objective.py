@@ -82,9 +82,7 @@ class Objective:
             inside = inside & mask(rollout)
         return inside
 
-    def shares(
-        self, rollout: Rollout, total: Callable[[Tensor], Tensor]
-    ) -> Float[Tensor, "batch time"]:
+    def shares(self, rollout: Rollout, total: Callable[[Tensor], Tensor]) -> Float[Tensor, "batch time"]:
         """Return each token's share of the loss of the optimizer step that ``rollout`` is.
 
         ``total`` sums a number over ranks.

@@ -44,8 +44,16 @@ class Prompts:
     kept: Sequence[int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        require(self.max_tokens >= 1, "collector.max_prompt_tokens", "be at least 1", self.max_tokens, "use 1024")
-        require(self.long in ("drop", "refuse"), "collector.long_prompts", "be drop or refuse", self.long, "use drop")
+        require(
+            self.max_tokens >= 1, "collector.max_prompt_tokens", "be at least 1", self.max_tokens, "use 1024"
+        )
+        require(
+            self.long in ("drop", "refuse"),
+            "collector.long_prompts",
+            "be drop or refuse",
+            self.long,
+            "use drop",
+        )
         kept: Sequence[int] = range(len(self.problems))
         if isinstance(self.problems, list | tuple):
             lengths = [len(self.encode(problem)) for problem in self.problems]
@@ -74,7 +82,10 @@ class Prompts:
             return list(self.tokenizer(text)["input_ids"])
         return list(
             self.tokenizer.apply_chat_template(
-                [dict(m) for m in problem.messages], add_generation_prompt=True, tokenize=True, return_dict=False
+                [dict(m) for m in problem.messages],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=False,
             )
         )
 
@@ -83,9 +94,9 @@ class Prompts:
         indices = [self._at(position) for position in positions]
         return self._batch(indices, [mix(self.seed, "stream", p) for p in positions])
 
-    def first(self, start: int, stop: int) -> PromptBatch:
-        """Return prompts ``start`` to ``stop`` in the split's own order (evaluation)."""
-        indices = list(self.kept[start:stop])
+    def first(self, rows: Sequence[int]) -> PromptBatch:
+        """Return the prompts at places ``rows`` of the split's own order (evaluation)."""
+        indices = [int(self.kept[row]) for row in rows]
         return self._batch(indices, [mix(self.seed, "split", i) for i in indices])
 
     def _at(self, position: int) -> int:

@@ -143,9 +143,7 @@ class Regularizer(Protocol):
         """What the student must score in the learning half."""
         ...
 
-    def __call__(
-        self, loss: TokenLoss, scores: Scores, experience: Experience, progress: float
-    ) -> TokenLoss:
+    def __call__(self, loss: TokenLoss, scores: Scores, experience: Experience, progress: float) -> TokenLoss:
         """Return the changed loss."""
         ...
 

@@ -35,14 +35,20 @@ class Scorer(nn.Module):
     def __init__(self, model: PreTrainedModel, vocab: int | None = None, chunk: int = 2048) -> None:
         super().__init__()
         self.model = model
-        self.vocab = vocab or model.get_output_embeddings().weight.shape[0]
+        self.vocab: int = vocab or int(model.get_output_embeddings().weight.shape[0])
         self.chunk = chunk
         config = model.config.get_text_config()
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self.logit_scale: float = _logit_scale(config)
+        self._full_target: tuple[heads.Head, Divergence] | None
         # The head of the other model for the full-vocabulary divergence; a plain attribute of no
         # registered module, so that no teacher weight reaches an optimizer or a checkpoint.
-        self.__dict__["full_target"] = None
+        self.__dict__["_full_target"] = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
 
     @property
     def head(self) -> heads.Head:
@@ -58,7 +64,7 @@ class Scorer(nn.Module):
 
     def set_full_target(self, head: heads.Head, divergence: Divergence) -> None:
         """Give the frozen teacher head and the divergence that ``Want.full`` evaluates."""
-        self.__dict__["full_target"] = (head, divergence)
+        self.__dict__["_full_target"] = (head, divergence)
 
     def forward(
         self,
@@ -83,8 +89,8 @@ class Scorer(nn.Module):
             scores |= self._exact(hidden, tokens, want, support_ids)
         if want.full:
             assert teacher_hidden is not None
-            assert self.full_target is not None
-            target, divergence = self.full_target
+            assert self._full_target is not None
+            target, divergence = self._full_target
             value = heads.full(hidden, self.head, teacher_hidden[mask], target, divergence, self.chunk)
             scores["divergence"] = _fill(value, mask)
         if want.hidden:
@@ -164,7 +170,7 @@ def check_head(scorer: Scorer, path: str) -> None:
     Raises:
         ConfigError: its architecture does something at the head that :class:`Scorer` does not know.
     """
-    device = scorer.model.get_input_embeddings().weight.device
+    device = scorer.device
     ids = torch.arange(1, 5, device=device).unsqueeze(0) % scorer.vocab
     logits = scorer.model(input_ids=ids, use_cache=False).logits[0, :, : scorer.vocab].float()
     hidden = scorer.model.base_model(input_ids=ids, use_cache=False)[0][0]

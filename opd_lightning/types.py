@@ -203,7 +203,8 @@ class Want:
     ``taken``: log-prob of the response token. ``support``: log-probs at given ids, ``"renormalised"``
     over those ids alone (no normaliser over the vocabulary is computed) or ``"exact"``. ``entropy`` of
     the full distribution, nats. ``top``: its own top ids and their exact log-probs. ``hidden``: the
-    last hidden states themselves. ``full``: the divergence over the whole vocabulary from a teacher given by hidden states.
+    last hidden states themselves. ``full``: the divergence over the whole vocabulary from a teacher
+    given by its hidden states.
     """
 
     taken: bool = False
@@ -285,10 +286,12 @@ class Experience(TensorValue):
     optimizer step, all its micro-batches and ranks together, so that a loss is ``sum(share * value)``
     however the step is cut. ``support_valid`` is False at duplicate or padded support entries, whose
     log-probs are finite and meaningless. For the full support ``teacher_hidden`` replaces ids.
+    ``progress`` is the run's when the responses were collected: the clock that schedules read.
     """
 
     rollout: Rollout
     share: Float[Tensor, "batch time"]
+    progress: float = 0.0
     teacher_taken_logp: Float[Tensor, "batch time"] | None = None
     teacher_entropy: Float[Tensor, "batch time"] | None = None
     support_ids: Int[Tensor, "batch time k"] | None = None

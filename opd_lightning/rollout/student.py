@@ -39,7 +39,13 @@ class StudentRollout:
     min_p: float
 
     def __post_init__(self) -> None:
-        require(self.samples >= 1, "rollout.samples", "be at least 1", self.samples, "use 1 for one response a prompt")
+        require(
+            self.samples >= 1,
+            "rollout.samples",
+            "be at least 1",
+            self.samples,
+            "use 1 for one response a prompt",
+        )
         require(
             self.temperature > 0,
             "rollout.temperature",
@@ -50,7 +56,9 @@ class StudentRollout:
         for name in ("max_new_tokens", "loss_horizon"):
             value = getattr(self, name)
             if isinstance(value, int | float):
-                require(value >= 1, f"rollout.{name}", "be at least 1 token", value, "give a number of tokens")
+                require(
+                    value >= 1, f"rollout.{name}", "be at least 1 token", value, "give a number of tokens"
+                )
 
     def __call__(self, prompts: PromptBatch, generate: Generate, progress: float, top_ids: int) -> Rollout:
         """Return the rollout; every response token's origin is the student."""
@@ -78,7 +86,9 @@ def _tokens(value: float | Schedule, progress: float) -> int:
 
 def _as_rollout(prompts: PromptBatch, generation: Generation, samples: int, horizon: int | None) -> Rollout:
     time = torch.arange(generation.ids.shape[1], device=generation.ids.device)
-    inside = torch.ones_like(generation.mask) if horizon is None else (time < horizon).expand_as(generation.mask)
+    inside = (
+        torch.ones_like(generation.mask) if horizon is None else (time < horizon).expand_as(generation.mask)
+    )
     return Rollout(
         prompt=prompts,
         ids=generation.ids,

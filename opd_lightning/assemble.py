@@ -1,0 +1,111 @@
+"""Putting the two halves of a run together from their parts; the commands and Python users share it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from opd_lightning.collector import Collector
+from opd_lightning.data import Evaluation, OnPolicyData
+from opd_lightning.models import load_model, load_tokenizer, shared_vocabulary, stop_ids, vocabulary_width
+from opd_lightning.module import OnPolicyDistillation
+from opd_lightning.objective import Objective
+from opd_lightning.prompts import Prompts
+from opd_lightning.protocols import Engine, RolloutSampler, Task
+from opd_lightning.scorer import Scorer, check_head
+from opd_lightning.teacher.local import FrozenScorer, LocalTeacher
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollectorSettings:
+    """Numbers of the collecting half; see :class:`~opd_lightning.collector.Collector` and ``Prompts``."""
+
+    prompts_per_collection: int
+    steps_per_collection: int
+    score_rows: int
+    probe_rows: int
+    max_prompt_tokens: int
+    long_prompts: Literal["drop", "refuse"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """An assembled run: ``lightning.Trainer(...).fit(run.module, run.data)`` trains it."""
+
+    module: OnPolicyDistillation
+    data: OnPolicyData
+    teacher: FrozenScorer
+    tokenizer: PreTrainedTokenizerBase
+
+
+def assemble(
+    *,
+    student_path: str,
+    teacher: LocalTeacher,
+    task: Task,
+    engine: Engine,
+    rollout: RolloutSampler,
+    objective: Objective,
+    collector: CollectorSettings,
+    evaluation: Evaluation,
+    optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
+    scheduler: Callable[[Optimizer, int], LRScheduler] | None,
+    student_dtype: str = "float32",
+    split: str = "validation",
+    seed: int = 0,
+) -> Run:
+    """Load the models and build both halves around them, cheap checks first.
+
+    Raises:
+        ConfigError: anything that cannot work, before a weight is read wherever possible.
+    """
+    tokenizer = load_tokenizer(student_path, "student.path")
+    vocab = shared_vocabulary(
+        tokenizer,
+        load_tokenizer(teacher.path, "teacher.path"),
+        (vocabulary_width(student_path, "student.path"), vocabulary_width(teacher.path, "teacher.path")),
+    )
+    objective = replace(
+        objective,
+        masks={k: m.bind(tokenizer) if hasattr(m, "bind") else m for k, m in objective.masks.items()},
+    )
+    limits = {"max_tokens": collector.max_prompt_tokens, "long": collector.long_prompts}
+    training = Prompts(problems=task.problems("train"), tokenizer=tokenizer, seed=seed, **limits)  # type: ignore[arg-type]
+    held_out = task.problems(split)
+    validation = Prompts(problems=held_out, tokenizer=tokenizer, seed=0, **limits) if len(held_out) else None  # type: ignore[arg-type]
+    model = load_model(student_path, "student.path", student_dtype)
+    student = Scorer(model, vocab)
+    check_head(student, student_path)
+    frozen = teacher.load(vocab)
+    if objective.want.full:
+        student.set_full_target(frozen.scorer.head, objective.estimator.divergence)  # type: ignore[attr-defined]
+    collecting = Collector(
+        task=task,
+        prompts=training,
+        engine=engine,
+        rollout=rollout,
+        teacher=frozen,
+        objective=objective,
+        tokenizer=tokenizer,
+        stop_ids=stop_ids(model, tokenizer),
+        prompts_per_collection=collector.prompts_per_collection,
+        steps_per_collection=collector.steps_per_collection,
+        score_rows=collector.score_rows,
+        probe_rows=collector.probe_rows,
+    )
+    module = OnPolicyDistillation(student, objective, optimizer, scheduler)
+    return Run(
+        module=module,
+        data=OnPolicyData(collecting, validation, evaluation),
+        teacher=frozen,
+        tokenizer=tokenizer,
+    )

@@ -1,0 +1,1 @@
+"""Lightning callbacks: progress, samples, evaluation history."""

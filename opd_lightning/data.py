@@ -1,0 +1,206 @@
+"""The collecting half as a LightningDataModule: loaders that generate what they yield."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from opd_lightning.collector import Collector, World
+from opd_lightning.diagnostics.collection import CollectionReport
+from opd_lightning.errors import require
+from opd_lightning.prompts import Prompts
+from opd_lightning.scorer import Scorer
+from opd_lightning.sharding import unsharded
+from opd_lightning.types import Experience, Graded, Sampling
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """How held-out problems are answered: once greedily, and ``samples`` times at ``temperature``.
+
+    Args:
+        problems: at most so many problems of the split; None for all.
+        max_new_tokens: budget of a response; one that reaches it counts as wrong.
+        temperature, top_p, top_k, min_p: of the sampled responses.
+        samples: sampled responses a problem; 0 for greedy only.
+        batch: problems generated together.
+    """
+
+    problems: int | None
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    samples: int
+    batch: int
+
+    def __post_init__(self) -> None:
+        require(
+            self.problems is None or self.problems >= 1,
+            "evaluation.problems",
+            "be at least 1",
+            self.problems,
+            "use null for all",
+        )
+        require(
+            self.max_new_tokens >= 1,
+            "evaluation.max_new_tokens",
+            "be at least 1",
+            self.max_new_tokens,
+            "use 128",
+        )
+        require(
+            self.samples >= 0, "evaluation.samples", "be at least 0", self.samples, "use 0 for greedy only"
+        )
+        require(self.batch >= 1, "evaluation.batch", "be at least 1", self.batch, "use 64")
+
+    def modes(self) -> list[tuple[Sampling, int]]:
+        """Return the sampling and samples a problem of each evaluation: greedy, then sampled."""
+        greedy = Sampling(max_new_tokens=self.max_new_tokens, temperature=0.0)
+        sampled = Sampling(
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+        )
+        return [(greedy, 1)] + ([(sampled, self.samples)] if self.samples else [])
+
+
+class OnPolicyData(L.LightningDataModule):
+    """Feeds a trainer: experience from the student's own rollouts, and graded held-out responses.
+
+    The train loader collects just before it yields, from the student's current weights, and has a
+    length; without one Lightning would fetch a batch ahead, from stale weights.
+
+    Args:
+        collector: the collecting half.
+        validation: held-out prompts; None for no evaluation during training.
+        evaluation: how they are answered.
+    """
+
+    def __init__(self, collector: Collector, validation: Prompts | None, evaluation: Evaluation) -> None:
+        super().__init__()
+        self.collector = collector
+        self.validation = validation
+        self.evaluation = evaluation
+        self.report: CollectionReport | None = None
+        self.metrics: dict[str, float] = {}
+
+    @property
+    def student(self) -> Scorer:
+        """The scorer that the trainer trains."""
+        assert self.trainer is not None
+        student = self.trainer.lightning_module.student
+        assert isinstance(student, Scorer)
+        return student
+
+    @property
+    def world(self) -> World:
+        """This process among the trainer's."""
+        assert self.trainer is not None
+        strategy = self.trainer.strategy
+
+        def total(tensor: Tensor) -> Tensor:
+            summed = strategy.reduce(tensor.clone(), reduce_op="sum")
+            assert isinstance(summed, Tensor)
+            return summed
+
+        return World(self.trainer.global_rank, self.trainer.world_size, total)
+
+    def setup(self, stage: str) -> None:
+        """Refuse a world that the prompts cannot be divided over."""
+        assert self.trainer is not None
+        self.collector.check_world(self.trainer.world_size)
+
+    def train_dataloader(self) -> ExperienceLoader:
+        """Return the loader of experience."""
+        return ExperienceLoader(self)
+
+    def val_dataloader(self) -> list[GradedLoader]:
+        """Return a loader of graded responses for each way of answering."""
+        if self.validation is None:
+            return []
+        return [GradedLoader(self, self.validation, *mode) for mode in self.evaluation.modes()]
+
+    def take_metrics(self) -> dict[str, float]:
+        """Return the metrics of the last collection, once."""
+        metrics, self.metrics = self.metrics, {}
+        return metrics
+
+
+class ExperienceLoader:
+    """Yields ``max_steps * accumulate_grad_batches`` micro-batches, collecting whenever it runs dry."""
+
+    def __init__(self, data: OnPolicyData) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        trainer = self.data.trainer
+        assert trainer is not None
+        return int(trainer.max_steps * trainer.accumulate_grad_batches)
+
+    def __iter__(self) -> Iterator[Experience]:
+        data, trainer = self.data, self.data.trainer
+        assert trainer is not None
+        clock, per_collection = data.collector.clock, data.collector.steps_per_collection
+        while trainer.global_step < trainer.max_steps:
+            done = trainer.global_step
+            steps = self._collect(done // per_collection, done)
+            for step in steps[: trainer.max_steps - done]:
+                for micro_batch in step:
+                    clock.tokens["train"] += int((micro_batch.share > 0).sum())
+                    clock.switch("train")
+                    yield micro_batch
+                    clock.switch(None)
+
+    def _collect(self, collection: int, done: int) -> list[list[Experience]]:
+        data, trainer = self.data, self.data.trainer
+        assert trainer is not None
+        student = data.student
+        training = student.training
+        student.eval()
+        try:
+            with unsharded(student):
+                steps, report = data.collector.collect(
+                    student,
+                    collection,
+                    progress=done / trainer.max_steps,
+                    version=done,
+                    accumulate=trainer.accumulate_grad_batches,
+                    world=data.world,
+                )
+        finally:
+            student.train(training)
+        data.report = report
+        data.metrics = report.means(data.world.total, torch.device(trainer.strategy.root_device))
+        return steps
+
+
+class GradedLoader:
+    """Yields graded responses to this rank's share of a split."""
+
+    def __init__(self, data: OnPolicyData, prompts: Prompts, sampling: Sampling, samples: int) -> None:
+        world, evaluation = data.world, data.evaluation
+        count = len(prompts) if evaluation.problems is None else min(evaluation.problems, len(prompts))
+        self.data, self.prompts, self.sampling, self.samples = data, prompts, sampling, samples
+        self.rows = range(world.rank, count, world.size)
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.data.evaluation.batch)
+
+    def __iter__(self) -> Iterator[Graded]:
+        with unsharded(self.data.student):
+            yield from self.data.collector.evaluate(
+                self.data.student,
+                self.prompts,
+                self.rows,
+                self.sampling,
+                self.samples,
+                self.data.evaluation.batch,
+            )

@@ -1,0 +1,75 @@
+"""Metrics of graded responses: accuracy, pass@k, length, truncation, over ranks and by difficulty."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import comb
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from opd_lightning.types import Graded
+
+
+def pass_at_k(samples: int, correct: int, k: int) -> float:
+    """Return the chance that at least one of ``k`` of the ``samples`` drawn responses is right.
+
+    ``1 - C(n - c, k) / C(n, k)``, unbiased (Chen et al. 2021, section 2.1).
+    """
+    return 1.0 - comb(samples - correct, k) / comb(samples, k)
+
+
+class ResponseMetrics(Metric):
+    """Accumulates graded responses.
+
+    ``compute`` returns ``accuracy`` (the mean over responses, avg@k with k samples a problem), ``length``
+    in tokens, ``truncation`` (share cut by the budget), and for k > 1 samples ``pass@k``; problems without
+    an answer count for length and truncation only.
+    """
+
+    full_state_update = False
+
+    correct: list[Tensor]
+    lengths: list[Tensor]
+    truncated: list[Tensor]
+    group: list[Tensor]
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        for name in ("correct", "lengths", "truncated", "group"):
+            self.add_state(name, default=[], dist_reduce_fx="cat")
+
+    def update(self, graded: Graded) -> None:
+        """Add a batch of responses."""
+        self.correct.append(graded.correct.to(self.device))
+        self.lengths.append(graded.lengths.float().to(self.device))
+        self.truncated.append(graded.truncated.float().to(self.device))
+        self.group.append(graded.group.to(self.device))
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return the metrics over everything added, on all ranks."""
+        correct, group = _joined(self.correct), _joined(self.group)
+        values = {"length": _joined(self.lengths).mean(), "truncation": _joined(self.truncated).mean()}
+        known = correct.isfinite()
+        if known.any():
+            values = {"accuracy": correct[known].mean()} | values
+            values |= _pass_rates(correct[known], group[known])
+        return values
+
+
+def _joined(parts: Tensor | Sequence[Tensor]) -> Tensor:
+    return parts if isinstance(parts, Tensor) else torch.cat(list(parts))
+
+
+def _pass_rates(correct: Tensor, group: Tensor) -> dict[str, Tensor]:
+    """Return pass@k for k = 2, 4, 8, ... up to the samples that every problem has."""
+    _, member, samples = torch.unique(group, return_inverse=True, return_counts=True)
+    right = torch.zeros(len(samples), device=correct.device).index_add_(0, member, (correct > 0.5).float())
+    least, rates, k = int(samples.min()), {}, 2
+    while k <= least:
+        each = [pass_at_k(int(n), int(c), k) for n, c in zip(samples, right, strict=True)]
+        rates[f"pass@{k}"] = torch.tensor(each, device=correct.device).mean()
+        k *= 2
+    return rates

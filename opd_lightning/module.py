@@ -1,0 +1,119 @@
+"""The learning half of a run: experience to gradient, as a LightningModule."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from opd_lightning.diagnostics.responses import ResponseMetrics
+from opd_lightning.errors import require
+from opd_lightning.objective import Objective
+from opd_lightning.scorer import Scorer
+from opd_lightning.sharding import shard
+from opd_lightning.types import Experience, Graded
+
+
+class OnPolicyDistillation(L.LightningModule):
+    """Trains a student on experience; ``training_step`` is a pure function of what was collected.
+
+    Optimization is Lightning's automatic one: accumulation, clipping, precision and strategies then work
+    as anywhere in Lightning, and ``global_step`` counts optimizer steps. The one thing that it gets wrong
+    for a token-weighted loss, dividing by ``accumulate_grad_batches`` and averaging over ranks, is undone
+    in :meth:`training_step`, since each token's share was already counted over the whole optimizer step.
+
+    Args:
+        student: the trained scorer; the only parameters of this module.
+        objective: what is minimised.
+        optimizer: from parameters to an optimizer.
+        scheduler: from an optimizer and the planned optimizer steps to a scheduler; None for a constant rate.
+    """
+
+    def __init__(
+        self,
+        student: Scorer,
+        objective: Objective,
+        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
+        scheduler: Callable[[Optimizer, int], LRScheduler] | None = None,
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.objective = objective
+        self.make_optimizer = optimizer
+        self.make_scheduler = scheduler
+        self.greedy, self.sampled = ResponseMetrics(), ResponseMetrics()
+        self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
+        self._sharded = False
+
+    def configure_model(self) -> None:
+        """Shard the student under ``strategy=fsdp``; elsewhere it stays as it is."""
+        mesh = getattr(self, "device_mesh", None)
+        if mesh is not None and not self._sharded:
+            shard(self.student, mesh["data_parallel"])
+            self._sharded = True
+
+    def training_step(self, experience: Experience, batch_idx: int) -> Tensor:
+        """Return this micro-batch's part of the optimizer step's loss, scaled against Lightning's means."""
+        scores = self.student(
+            experience.rollout.tokens,
+            self.objective.want,
+            experience.support_ids,
+            experience.teacher_hidden,
+        )
+        loss, metrics = self.objective.loss(scores, experience, experience.progress)
+        self._sums["train/loss"] += loss.detach()
+        for name, part in metrics.items():
+            self._sums[f"train/{name}"] += part
+        self._sums["train/tokens"] += (experience.share > 0).sum()
+        return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Log the optimizer step's loss and metrics, summed over micro-batches and ranks, and the gradient norm."""
+        sums = self.trainer.strategy.reduce(torch.stack(list(self._sums.values())), reduce_op="sum")
+        assert isinstance(sums, Tensor)
+        logged = dict(zip(self._sums, sums.tolist(), strict=True))
+        self._sums.clear()
+        self.log_dict(logged | {"train/grad_norm": self._gradient_norm()})
+        self.log("loss", logged["train/loss"], prog_bar=True, logger=False)
+
+    def _gradient_norm(self) -> Tensor:
+        """Return the L2 norm over all parameters before clipping."""
+        gradients = [p.grad for p in self.student.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+    def validation_step(self, graded: Graded, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Count one batch of graded responses."""
+        (self.greedy, self.sampled)[dataloader_idx].update(graded)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log accuracy, length and truncation: ``eval/*`` greedy, ``eval/*_sampled`` at a temperature."""
+        for metric, suffix in ((self.greedy, ""), (self.sampled, "_sampled")):
+            if metric.update_called:
+                values = metric.compute()
+                self.log_dict({f"eval/{key}{suffix}": value for key, value in values.items()})
+                if "accuracy" in values and not suffix:
+                    self.log("accuracy", values["accuracy"], prog_bar=True, logger=False)
+            metric.reset()
+
+    def configure_optimizers(self) -> Any:
+        """Return the optimizer, and the scheduler stepped once an optimizer step."""
+        planned = int(self.trainer.max_steps)
+        require(
+            planned > 0,
+            "trainer.max_steps",
+            "be the number of optimizer steps",
+            planned,
+            "schedules and progress need an end",
+        )
+        optimizer = self.make_optimizer(self.student.parameters())
+        if self.make_scheduler is None:
+            return optimizer
+        schedule = {"scheduler": self.make_scheduler(optimizer, planned), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": schedule}

@@ -1,0 +1,236 @@
+"""``python -m opd_lightning.train``: distil a student from a teacher on the student's own rollouts."""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import hydra
+import lightning as L
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from opd_lightning.assemble import CollectorSettings, Run, assemble
+from opd_lightning.callbacks.history import EvaluationHistory
+from opd_lightning.commands import build, command, git_commit, plain, refuse_unknown_keys
+from opd_lightning.diagnostics.responses import ResponseMetrics
+from opd_lightning.errors import ConfigError, require
+from opd_lightning.export import save_student
+from opd_lightning.objective import Objective
+from opd_lightning.paths import CONF_DIR
+
+log = logging.getLogger(__name__)
+
+KEYS = {
+    *("task", "student", "teacher", "engine", "rollout", "support", "estimator", "divergence", "reward"),
+    *("regularizer", "mask", "reduction", "collector", "evaluation", "optimizer", "scheduler", "trainer"),
+    *("strategy", "logger", "callbacks", "seed"),
+}
+
+
+def objective_from(config: DictConfig) -> Objective:
+    """Build the objective's parts and check them against each other."""
+    return Objective(
+        estimator=build(config.estimator),
+        support=build(config.support),
+        reduction=build(config.reduction),
+        regularizers={name: build(part) for name, part in (config.get("regularizer") or {}).items()},
+        masks={name: build(part) for name, part in (config.get("mask") or {}).items()},
+    )
+
+
+def run_from(config: DictConfig) -> Run:
+    """Build a run, cheap parts before models."""
+    objective = objective_from(config)
+    if objective.support.needs.support and not objective.uses_support:
+        log.info("the support only feeds the diagnostics: %s does not use one", config.estimator._target_)
+    return assemble(
+        objective=objective,
+        rollout=build(config.rollout),
+        engine=build(config.engine),
+        collector=CollectorSettings(**plain(config.collector)),
+        evaluation=build(config.evaluation.settings),
+        optimizer=build(config.optimizer),
+        scheduler=build(config.scheduler),
+        task=build(config.task),
+        teacher=build(config.teacher),
+        student_path=config.student.path,
+        student_dtype=config.student.dtype,
+        split=config.evaluation.split,
+        seed=config.seed,
+    )
+
+
+def trainer_from(config: DictConfig, history: EvaluationHistory, folder: Path) -> L.Trainer:
+    """Build Lightning's trainer with its loggers, callbacks, strategy and evaluation interval."""
+    settings = plain(config.trainer)
+    planned, accumulate = settings["max_steps"], settings["accumulate_grad_batches"]
+    require(
+        isinstance(planned, int) and planned >= 1,
+        "trainer.max_steps",
+        "be at least 1 optimizer step",
+        planned,
+        "use 240",
+    )
+    every = config.evaluation.every_steps
+    evaluates = every is not None and every < planned
+    callbacks = [build(part) for name, part in (config.get("callbacks") or {}).items()]
+    if not settings["enable_progress_bar"]:
+        callbacks = [c for c in callbacks if not isinstance(c, L.pytorch.callbacks.ProgressBar)]
+    return build(
+        config.trainer,
+        strategy=build(config.strategy) if "_target_" in config.strategy else config.strategy.name,
+        logger=[build(part) for part in (config.get("logger") or {}).values()],
+        callbacks=[*callbacks, L.pytorch.callbacks.LearningRateMonitor(), history],
+        default_root_dir=str(folder),
+        val_check_interval=every * accumulate if evaluates else planned * accumulate,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        enable_model_summary=False,
+        enable_checkpointing=any(isinstance(c, L.pytorch.callbacks.ModelCheckpoint) for c in callbacks),
+    )
+
+
+def plan(config: DictConfig, run: Run, folder: Path) -> str:
+    """Return what the run will do, in a few lines."""
+    student, teacher = run.module.student, run.teacher.scorer
+    millions = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (student, teacher)]
+    collector, rollout, trainer = config.collector, config.rollout, config.trainer
+    responses = collector.prompts_per_collection * rollout.samples
+    parts = [config.estimator, config.support, config.reduction]
+    names = " + ".join(str(part._target_).rsplit(".", 1)[-1] for part in parts)
+    return "\n".join(
+        [
+            f"student   {config.student.path} ({millions[0]:.2f} M parameters)",
+            f"teacher   {config.teacher.path} ({millions[1]:.2f} M parameters, frozen)",
+            f"objective {names}",
+            f"plan      {trainer.max_steps} optimizer steps, {collector.steps_per_collection} on each collection of "
+            f"{responses} responses of at most {rollout.max_new_tokens} tokens",
+            f"folder    {folder}  (tensorboard --logdir {folder})",
+        ]
+    )
+
+
+def train(config: DictConfig, folder: Path, overrides: list[str]) -> dict[str, Any]:
+    """Run everything and return the summary.
+
+    Raises:
+        ConfigError: a configuration that cannot work.
+    """
+    begun = time.perf_counter()
+    refuse_unknown_keys(config, KEYS)
+    L.seed_everything(config.seed, verbose=False)
+    run = run_from(config)
+    history = EvaluationHistory()
+    trainer = trainer_from(config, history, folder)
+    if trainer.is_global_zero:
+        folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(config, folder / "config.yaml", resolve=True)
+        print(plan(config, run, folder), flush=True)
+        for logger in trainer.loggers:
+            logger.log_hyperparams(plain(config) | {"overrides": " ".join(overrides)})
+    if run.data.validation is not None:
+        trainer.validate(run.module, datamodule=run.data, verbose=False)
+    trainer.fit(run.module, datamodule=run.data)
+    run.data.collector.clock.switch(None)
+    if run.data.validation is not None and trainer.global_step not in history.at:
+        trainer.validate(run.module, datamodule=run.data, verbose=False)
+    save_student(trainer, run.module, run.tokenizer, folder / "student")
+    teacher = teacher_accuracy(run) if config.evaluation.teacher and trainer.is_global_zero else None
+    summary = summarise(run, trainer, history, teacher) | {
+        "seconds": round(time.perf_counter() - begun, 1),
+        "overrides": overrides,
+        "seed": config.seed,
+        "git_commit": git_commit(),
+    }
+    if trainer.is_global_zero:
+        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        print(closing(summary, folder), flush=True)
+    return summary
+
+
+def teacher_accuracy(run: Run) -> float | None:
+    """Return the share of held-out problems that the teacher answers rightly, greedily, on this process."""
+    data = run.data
+    if data.validation is None:
+        return None
+    metric = ResponseMetrics(sync_on_compute=False)
+    sampling, samples = data.evaluation.modes()[0]
+    count = min(data.evaluation.problems or len(data.validation), len(data.validation))
+    scorer = run.teacher.scorer
+    for graded in data.collector.evaluate(
+        scorer, data.validation, range(count), sampling, samples, data.evaluation.batch
+    ):
+        metric.update(graded)
+    accuracy = metric.compute().get("accuracy")
+    return None if accuracy is None else float(accuracy)
+
+
+def summarise(
+    run: Run, trainer: L.Trainer, history: EvaluationHistory, teacher: float | None
+) -> dict[str, Any]:
+    """Return the numbers of a finished run."""
+    before, after = history.at.get(0, {}), history.at.get(trainer.global_step, {})
+    clock = run.data.collector.clock
+    scale = 1024 if sys.platform != "darwin" else 1024**2
+    return {
+        "accuracy_before": before.get("eval/accuracy"),
+        "accuracy_after": after.get("eval/accuracy"),
+        "accuracy_before_sampled": before.get("eval/accuracy_sampled"),
+        "accuracy_after_sampled": after.get("eval/accuracy_sampled"),
+        "teacher_accuracy": teacher,
+        "evaluations": {str(step): metrics for step, metrics in sorted(history.at.items())},
+        "optimizer_steps": trainer.global_step,
+        "response_tokens": clock.tokens["generate"],
+        "tokens_per_second": {k: round(v, 1) for k, v in clock.tokens_per_second().items()},
+        "seconds_by_phase": {k: round(v, 2) for k, v in clock.seconds.items()},
+        "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale, 1),
+    }
+
+
+def closing(summary: dict[str, Any], folder: Path) -> str:
+    """Return the last lines that a run prints."""
+    lines = []
+    if summary["accuracy_before"] is not None and summary["accuracy_after"] is not None:
+        lines.append(
+            f"greedy accuracy {summary['accuracy_before']:.1%} -> {summary['accuracy_after']:.1%}"
+            + (
+                f" (teacher {summary['teacher_accuracy']:.1%})"
+                if summary["teacher_accuracy"] is not None
+                else ""
+            )
+        )
+    rates = ", ".join(f"{k} {v:.0f}" for k, v in summary["tokens_per_second"].items())
+    lines.append(
+        f"{summary['seconds']:.0f} s, {summary['response_tokens']} response tokens; tokens/s: {rates}"
+    )
+    lines.append(f"student, summary.json, metrics.csv and events are in {folder}")
+    return "\n".join(lines)
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="train")
+@command
+def main(config: DictConfig) -> float | None:
+    """Command line entry; returns the accuracy after training for Hydra sweepers."""
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    hydra_config = HydraConfig.get()
+    devices, nodes = config.trainer.devices, config.trainer.num_nodes
+    if hydra_config.mode == RunMode.MULTIRUN and (devices not in (1, "1") or nodes != 1):
+        raise ConfigError(
+            f"`trainer.devices` must be 1 in a multirun, got {devices}: a process-launching strategy would rerun the "
+            "whole sweep in each child; run each job by its own command"
+        )
+    overrides = list(hydra_config.overrides.task)
+    summary = train(config, Path(hydra_config.runtime.output_dir), overrides)
+    return summary["accuracy_after"]
+
+
+if __name__ == "__main__":
+    main()
