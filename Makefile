@@ -1,0 +1,40 @@
+# Two commands do everything: `make train` runs the main job, `make test` passes the tests.
+# Both make the environment first: .venv, with CPython 3.11 to 3.13 and pip.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+export OMP_NUM_THREADS ?= 1
+export HF_HUB_DISABLE_PROGRESS_BARS ?= 1
+
+.PHONY: setup setup-dev train test test-slow lint notebook clean
+
+setup: $(VENV)/.ready
+setup-dev: $(VENV)/.ready-dev
+
+$(VENV)/.ready: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+$(VENV)/.ready-dev: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	touch $@ $(VENV)/.ready
+
+train: setup  ## distil the built-in student; ARGS="experiment=esr seed=1" changes the run
+	OMP_NUM_THREADS=2 $(BIN)/python -m opd_lightning.train $(ARGS)
+
+test: setup-dev  ## the default suite
+	$(BIN)/python -m pytest -m "not slow and not gpu and not vllm" $(ARGS)
+
+test-slow: setup-dev  ## whole runs, notebooks, the wheel, two processes
+	$(BIN)/python -m pytest -m "slow" $(ARGS)
+
+lint: setup-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
