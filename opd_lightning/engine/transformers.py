@@ -1,0 +1,83 @@
+"""Generation in this process, with the student's own weights and no copy of the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from opd_lightning.engine import loops
+from opd_lightning.engine.decoder import Decoder, read
+from opd_lightning.engine.drawn import join
+from opd_lightning.engine.sampling import check, row_uniforms
+from opd_lightning.engine.shape import agrees, supports
+from opd_lightning.errors import ConfigError, require
+from opd_lightning.types import Generation, PromptBatch, Sampling
+
+Method = Literal["auto", "loop", "generate"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformersEngine:
+    """Draws responses from a transformers model.
+
+    ``batch_size`` is the most rows decoded together. ``method``: ``"loop"`` is the fast decoder for
+    Llama, Mistral, Qwen2 and Qwen3, which refuses other models; ``"generate"`` is the library's own
+    ``model.generate`` for every model; ``"auto"`` takes the first where it can. Greedy, they give the same tokens, and sampled
+    too but for a draw that falls within rounding of the border between two tokens.
+    """
+
+    batch_size: int = 64
+    method: Method = "auto"
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for a field out of range."""
+        require(self.batch_size >= 1, "engine.batch_size", "be at least 1", self.batch_size, "raise it")
+        names = ("auto", "loop", "generate")
+        require(self.method in names, "engine.method", f"be one of {names}", self.method, "use auto")
+
+    @torch.no_grad()
+    def generate(self, model: PreTrainedModel, prompts: PromptBatch, sampling: Sampling) -> Generation:
+        """Draw one response for each row of ``prompts``, each from its own seed, with the weights as they are now.
+
+        The responses come in the order of the prompts, on their device. Under FSDP the caller gathers the
+        weights around this call. Raises ConfigError for settings out of range, and for
+        ``method="loop"`` with a model that the decoder does not run.
+        """
+        check(sampling)
+        lengths = prompts.mask.sum(-1)
+        order = lengths.argsort(stable=True)
+        uniforms = row_uniforms(prompts.seeds, sampling.max_new_tokens).to(prompts.ids.device)
+        training = model.training
+        model.eval()
+        try:
+            decoder = self._decoder(model, prompts)
+            chunks = []
+            for rows in order.tensor_split(-(-len(prompts) // self.batch_size)):
+                # The prompts of a chunk have similar lengths: the padding that all of them share goes.
+                width = int(lengths[rows].amax())
+                ids, mask = prompts.ids[rows][:, -width:], prompts.mask[rows][:, -width:]
+                if decoder is None:
+                    chunks.append(loops.generate(model, ids, mask, uniforms[rows], sampling))
+                else:
+                    chunks.append(loops.decode(decoder, ids, mask, uniforms[rows], sampling))
+        finally:
+            model.train(training)
+        return join(chunks, order)
+
+    def _decoder(self, model: PreTrainedModel, prompts: PromptBatch) -> Decoder | None:
+        """Return the model's weights for the fast decoder, read afresh, or None for the library's loop."""
+        if self.method == "generate":
+            return None
+        if supports(model):
+            decoder = read(model)
+            if agrees(model, decoder, prompts.ids, prompts.mask):
+                return decoder
+        if self.method == "loop":
+            raise ConfigError(
+                f"`engine.method` must be auto or generate for this {type(model).__name__}, got 'loop'; "
+                "the fast decoder runs unmodified Llama, Mistral, Qwen2 and Qwen3 only"
+            )
+        return None
