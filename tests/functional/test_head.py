@@ -1,0 +1,291 @@
+"""The head's modes against dense logits: values, gradients, memory, precision."""
+
+import weakref
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+from opd_lightning.functional import head as heads
+from opd_lightning.functional.divergence import forward_kl, jsd, reverse_kl
+from opd_lightning.functional.head import Head, exact, full, support_logits, top
+
+N, HIDDEN, VOCAB, K = 11, 6, 13, 4
+
+
+def make(n=N, seed=0, dtype=torch.float64, width=HIDDEN, **options):
+    """Hidden states, a head and asked ids (with repeats), with gradient."""
+    draw = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(n, width, generator=draw, dtype=torch.float64).to(dtype).requires_grad_()
+    weight = torch.randn(VOCAB, width, generator=draw, dtype=torch.float64).to(dtype).requires_grad_()
+    if options.pop("bias", False):
+        options["bias"] = torch.randn(VOCAB, generator=draw, dtype=torch.float64).to(dtype).requires_grad_()
+    ids = torch.randint(VOCAB, (n, K), generator=draw)
+    return hidden, Head(weight=weight, **options), ids
+
+
+def dense(hidden, head):
+    """All logits at once, by the definition."""
+    logits = hidden @ head.weight.T + (0 if head.bias is None else head.bias)
+    logits = logits * head.scale
+    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+
+
+def parameters(hidden, head):
+    return [hidden, head.weight, *([] if head.bias is None else [head.bias])]
+
+
+def same_gradients(got, expected, over):
+    probe = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for a, b in zip(
+        torch.autograd.grad((got * probe).sum(), over, retain_graph=True),
+        torch.autograd.grad((expected * probe).sum(), over, retain_graph=True),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
+
+
+KINDS = {
+    "linear": {},
+    "bias": {"bias": True},
+    "softcap": {"softcap": 3.0},
+    "scale": {"scale": 0.25},
+    "everything": {"bias": True, "softcap": 3.0, "scale": 2.0},
+}
+kinds = pytest.mark.parametrize("options", KINDS.values(), ids=KINDS.keys())
+chunks = pytest.mark.parametrize("chunk", [1, 4, N, 1000])
+
+
+def test_known_numbers():
+    # z = (1, 2); log p = z - log(e + e^2) = (-1.313262, -.313262); H = .268941*1.313262 + .731059*.313262
+    head = Head(weight=torch.tensor([[1.0], [2.0]]))
+    logp, entropy = exact(torch.ones(1, 1), head, torch.tensor([[0, 1]]), entropy=True, chunk=1)
+    torch.testing.assert_close(logp, torch.tensor([[-1.313262, -0.313262]]))
+    torch.testing.assert_close(entropy, torch.tensor([0.582203]))
+    # cap(.5 * (1, 2) + .5 * (2, 0)) = 2 tanh(1.5 / 2), 2 tanh(1 / 2)
+    head = replace(head, bias=torch.tensor([2.0, 0.0]), scale=0.5, softcap=2.0)
+    got = support_logits(torch.ones(1, 1), head, torch.tensor([[0, 1]]))
+    torch.testing.assert_close(got, torch.tensor([[1.270298, 0.924234]]))
+
+
+@kinds
+@pytest.mark.parametrize("max_elements", [1, 2 * K * HIDDEN, 10**9])
+def test_support_logits(options, max_elements):
+    hidden, head, ids = make(**options)
+    got = support_logits(hidden, head, ids, max_elements=max_elements)
+    expected = dense(hidden, head).gather(-1, ids)
+    torch.testing.assert_close(got, expected)
+    same_gradients(got, expected, parameters(hidden, head))
+
+
+@kinds
+@chunks
+def test_exact(options, chunk):
+    hidden, head, ids = make(**options)
+    got, entropy = exact(hidden, head, ids, entropy=True, chunk=chunk)
+    distribution = torch.distributions.Categorical(logits=dense(hidden, head))
+    expected = distribution.logits.gather(-1, ids)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(entropy, distribution.entropy())
+    same_gradients(got, expected, parameters(hidden, head))
+    same_gradients(entropy, distribution.entropy(), parameters(hidden, head))
+    assert exact(hidden, head, ids, entropy=False, chunk=chunk).entropy is None
+
+
+@kinds
+@chunks
+def test_top(options, chunk):
+    hidden, head, ids = make(**options)
+    logp = dense(hidden, head).log_softmax(-1)
+    got = top(hidden, head, 5, ids, entropy=True, chunk=chunk)
+    expected = logp.topk(5)
+    assert got.ids.equal(expected.indices)
+    torch.testing.assert_close(got.logp, expected.values)
+    torch.testing.assert_close(got.asked_logp, logp.gather(-1, ids))
+    torch.testing.assert_close(got.entropy, -(logp.exp() * logp).sum(-1))
+    assert not got.logp.requires_grad
+    nothing = top(hidden, head, 2, ids[:, :0], entropy=False, chunk=chunk)
+    assert nothing.asked_logp.shape == (N, 0)
+    assert nothing.entropy is None
+
+
+@kinds
+@chunks
+@pytest.mark.parametrize("divergence", [reverse_kl, forward_kl, partial(jsd, beta=0.3)])
+def test_full(options, chunk, divergence):
+    hidden, head, _ = make(**options)
+    teacher_hidden, teacher_head, _ = make(seed=5, width=3)
+    got = full(hidden, head, teacher_hidden, teacher_head, divergence, chunk)
+    teacher = dense(teacher_hidden, teacher_head).log_softmax(-1).detach()
+    expected = divergence(dense(hidden, head).log_softmax(-1), teacher)
+    torch.testing.assert_close(got, expected)
+    same_gradients(got, expected, parameters(hidden, head))
+    frozen = torch.autograd.grad(
+        got.sum(), [teacher_hidden, teacher_head.weight], allow_unused=True, materialize_grads=False
+    )
+    assert frozen == (None, None)
+
+
+def test_tied_head():
+    """One weight is the embedding and the head: both gradients arrive."""
+    tokens = torch.tensor([1, 2, 2, 7])
+    _, head, ids = make(4)
+    mixing = torch.randn(HIDDEN, HIDDEN, dtype=torch.float64)
+
+    def backbone():
+        return torch.tanh(head.weight[tokens] @ mixing)
+
+    for got, expected in (
+        (support_logits(backbone(), head, ids), dense(backbone(), head).gather(-1, ids)),
+        (
+            exact(backbone(), head, ids, entropy=False, chunk=2).logp,
+            dense(backbone(), head).log_softmax(-1).gather(-1, ids),
+        ),
+    ):
+        same_gradients(got, expected, [head.weight])
+
+
+def test_sliced_head_is_a_smaller_vocabulary():
+    """numerics.md section 11, point 25: cut before the softmax, no gradient beyond the cut."""
+    hidden, head, ids = make()
+    shared = replace(head, weight=head.weight[:9])
+    ids = ids % 9
+    got = exact(hidden, shared, ids, entropy=True, chunk=4)
+    expected = dense(hidden, head)[:, :9].log_softmax(-1)
+    torch.testing.assert_close(got.logp, expected.gather(-1, ids))
+    (gradient,) = torch.autograd.grad(got.logp.sum() + got.entropy.sum(), head.weight)
+    assert (gradient[9:] == 0).all()
+    assert (gradient[:9] != 0).any()
+    assert top(hidden, shared, 9, ids, entropy=False, chunk=4).ids.max() < 9
+
+
+def test_nothing_to_score_has_a_graph():
+    hidden, head, ids = make(0, bias=True)
+    results = [
+        support_logits(hidden, head, ids),
+        *exact(hidden, head, ids, entropy=True, chunk=3),
+        full(hidden, head, hidden, head, reverse_kl, 3),
+    ]
+    assert [tuple(r.shape) for r in results] == [(0, K), (0, K), (0,), (0,)]
+    for result in results:
+        gradients = torch.autograd.grad(result.sum(), [hidden, head.weight], retain_graph=True)
+        assert [g.abs().sum() for g in gradients] == [0, 0]
+    got = top(hidden, head, 3, ids, entropy=True, chunk=3)
+    assert [tuple(r.shape) for r in got] == [(0, 3), (0, 3), (0, K), (0,)]
+
+
+def test_frozen_parts_get_no_gradient():
+    hidden, head, ids = make()
+    got = support_logits(hidden, head.detach(), ids).sum()
+    (expected,) = torch.autograd.grad(dense(hidden, head).gather(-1, ids).sum(), hidden)
+    torch.testing.assert_close(torch.autograd.grad(got, hidden)[0], expected)
+    got = support_logits(hidden.detach(), head, ids).sum()
+    (expected,) = torch.autograd.grad(dense(hidden, head).gather(-1, ids).sum(), head.weight)
+    torch.testing.assert_close(torch.autograd.grad(got, head.weight)[0], expected)
+
+
+@pytest.mark.parametrize("mode", ["exact", "full"])
+def test_one_chunk_of_logits_is_alive(monkeypatch, mode):
+    """Also in the backward pass: whoever computes logits finds none of the chunks before."""
+    hidden, head, ids = make(64)
+    alive, seen = [], []
+    original = Head.finish
+
+    def watched(self, raw):
+        logits = original(self, raw)
+        seen.append(sum(ref() is not None for ref in alive))
+        alive.append(weakref.ref(logits))
+        assert logits.shape[0] <= 4
+        return logits
+
+    monkeypatch.setattr(Head, "finish", watched)
+    if mode == "exact":
+        result = sum(r.sum() for r in exact(hidden, head, ids, entropy=True, chunk=4))
+    else:
+        result = full(hidden, head, hidden.detach(), head, reverse_kl, 4).sum()
+    torch.autograd.grad(result, [hidden, head.weight])
+    passes = 2 * 64 // 4 * (1 if mode == "exact" else 2)
+    assert len(seen) == passes
+    assert max(seen) <= (0 if mode == "exact" else 1)  # full: the teacher's logits of the same chunk
+
+
+def test_gathered_rows_stay_within_the_limit(monkeypatch):
+    hidden, head, ids = make(40)
+    sizes, original = [], torch.einsum
+
+    def watched(equation, *operands):
+        sizes.append(max(o.numel() for o in operands))
+        return original(equation, *operands)
+
+    monkeypatch.setattr(heads.torch, "einsum", watched)
+    limit = 3 * K * HIDDEN
+    support_logits(hidden, head, ids, max_elements=limit).sum().backward()
+    assert len(sizes) == 2 * 14  # ceil(40 / 3) blocks, forward and backward
+    assert max(sizes) == limit
+
+
+def test_bf16_head_against_float64():
+    """numerics.md section 11, point 28. Inputs are exact in bf16; only the logits are rounded, by 2^-9."""
+    hidden, head, ids = make(200, dtype=torch.bfloat16)
+    reference = dense(hidden.double(), replace(head, weight=head.weight.double()))
+    bound = 2.0**-9 * reference.abs().max().item()
+    logp = reference.log_softmax(-1)
+    got, entropy = exact(hidden, head, ids, entropy=True, chunk=64)
+    assert got.dtype == entropy.dtype == torch.float32
+    assert (got - logp.gather(-1, ids)).abs().max() < 2.1 * bound
+    # The gathered rows are multiplied in float32 and not rounded at all.
+    raw = support_logits(hidden, head, ids)
+    assert raw.dtype == torch.float32
+    torch.testing.assert_close(raw.double(), reference.gather(-1, ids), atol=1e-5, rtol=1e-5)
+    value = full(hidden, head, hidden, head, reverse_kl, 64)
+    assert value.abs().max() == 0
+    other, other_head, _ = make(200, seed=9, dtype=torch.bfloat16)
+    value = full(hidden, head, other, other_head, reverse_kl, 64)
+    assert value.dtype == torch.float32
+    assert value.min() > -1e-6
+    for parameter in (hidden, head.weight):
+        (gradient,) = torch.autograd.grad(value.sum(), parameter, retain_graph=True)
+        assert gradient.dtype == torch.bfloat16
+        assert gradient.isfinite().all()
+
+
+def test_frequent_rows_of_a_bf16_head_keep_their_gradient():
+    """4096 equal terms on one row: a sum in bf16 would stop growing at 256 of them."""
+    weight = torch.zeros(2, 3, dtype=torch.bfloat16, requires_grad=True)
+    hidden = torch.ones(4096, 3, dtype=torch.bfloat16)
+    ids = torch.zeros(4096, 1, dtype=torch.long)
+    support_logits(hidden, Head(weight=weight), ids, max_elements=30).sum().backward()
+    assert weight.grad.tolist() == [[4096.0] * 3, [0.0] * 3]
+
+
+def test_under_autocast():
+    hidden, head, ids = make(dtype=torch.float32)
+    expected = dense(hidden, head).log_softmax(-1).gather(-1, ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        logp = exact(hidden, head, ids, entropy=False, chunk=4).logp
+        raw = support_logits(hidden, head, ids)
+    assert logp.dtype == raw.dtype == torch.float32
+    torch.testing.assert_close(logp, expected, atol=0.1, rtol=0)
+    torch.testing.assert_close(raw, dense(hidden, head).gather(-1, ids))
+    gradients = torch.autograd.grad(logp.sum() + raw.sum(), [hidden, head.weight])
+    assert all(g.dtype == torch.float32 and g.isfinite().all() for g in gradients)
+
+
+def test_gradient_numerically():
+    hidden, head, ids = make(3)
+
+    def scored(hidden, weight):
+        return support_logits(hidden, replace(head, weight=weight, softcap=3.0), ids, max_elements=30)
+
+    assert torch.autograd.gradcheck(scored, (hidden, head.weight))
+
+
+def test_refusals():
+    hidden, head, ids = make()
+    with pytest.raises(ValueError, match="k must be between 0 and the vocabulary of 13"):
+        top(hidden, head, 14, ids, entropy=False, chunk=4)
+    with pytest.raises(ValueError, match="chunk must be at least 1"):
+        exact(hidden, head, ids, entropy=False, chunk=0)
+    with pytest.raises(ValueError, match="cut both to the shared vocabulary"):
+        full(hidden, head, hidden, replace(head, weight=head.weight[:5]), reverse_kl, 4)
