@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from opd_lightning.buffer import micro_batches
@@ -254,10 +255,27 @@ class Collector:
         device = model.device
         for start in range(0, len(rows), batch):
             asked = prompts.first(rows[start : start + batch]).repeat(samples).to(device)
-            with torch.no_grad(), self.clock.during("evaluate"):
-                drawn = self._generate(model, asked, sampling)
-                self.clock.tokens["evaluate"] += int(drawn.mask.sum())
-                yield grade(self.task, self.tokenizer, asked, drawn.ids, drawn.mask, drawn.finish)
+            with self.clock.during("evaluate"):
+                bounded = replace(sampling, stop_ids=self.stop_ids, vocab=model.vocab)
+                graded = respond_and_grade(
+                    self.task, self.tokenizer, self.engine, model.model, asked, bounded
+                )
+                self.clock.tokens["evaluate"] += int(graded.lengths.sum())
+            yield graded
+
+
+@torch.no_grad()
+def respond_and_grade(
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    engine: Engine,
+    model: PreTrainedModel,
+    prompts: PromptBatch,
+    sampling: Sampling,
+) -> Graded:
+    """Generate a response to each row of ``prompts`` and grade it."""
+    drawn = engine.generate(model, prompts, sampling)
+    return grade(task, tokenizer, prompts, drawn.ids, drawn.mask, drawn.finish)
 
 
 def grade(

@@ -48,6 +48,11 @@ class ResponseMetrics(Metric):
         self.truncated.append(graded.truncated.float().to(self.device))
         self.group.append(graded.group.to(self.device))
 
+    @property
+    def count(self) -> int:
+        """Responses added on this process."""
+        return sum(map(len, self.lengths))
+
     def compute(self) -> dict[str, Tensor]:
         """Return the metrics over everything added, on all ranks."""
         correct, group = _joined(self.correct), _joined(self.group)
@@ -73,3 +78,26 @@ def _pass_rates(correct: Tensor, group: Tensor) -> dict[str, Tensor]:
         rates[f"pass@{k}"] = torch.tensor(each, device=correct.device).mean()
         k *= 2
     return rates
+
+
+class GroupedResponseMetrics:
+    """:class:`ResponseMetrics` over all responses and for each difficulty."""
+
+    def __init__(self) -> None:
+        self._metrics = {"all": ResponseMetrics()}
+
+    def update(self, graded: Graded) -> None:
+        """Add a batch of responses."""
+        self._metrics["all"].update(graded)
+        for label in {d for d in graded.difficulty if d is not None}:
+            rows = [i for i, d in enumerate(graded.difficulty) if d == label]
+            self._metrics.setdefault(label, ResponseMetrics()).update(graded.rows(rows))
+
+    def compute(self) -> dict[str, dict[str, Tensor]]:
+        """Return the metrics by group, all problems first, with the number of ``responses``."""
+        ordered = ["all", *sorted(name for name in self._metrics if name != "all")]
+        return {
+            name: {"responses": torch.tensor(float(self._metrics[name].count))}
+            | self._metrics[name].compute()
+            for name in ordered
+        }

@@ -1,0 +1,136 @@
+"""``python -m opd_lightning.evaluate student.path=PATH``: grade a model's responses to held-out problems."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from opd_lightning.collector import respond_and_grade
+from opd_lightning.commands import build, command, git_commit, refuse_unknown_keys
+from opd_lightning.diagnostics.responses import GroupedResponseMetrics
+from opd_lightning.errors import require
+from opd_lightning.models import load_model, load_tokenizer, stop_ids
+from opd_lightning.paths import CONF_DIR
+from opd_lightning.prompts import Prompts
+from opd_lightning.types import Sampling
+
+KEYS = {
+    *("task", "student", "engine", "split", "problems", "temperature", "samples", "top_p", "top_k", "min_p"),
+    *("max_new_tokens", "max_prompt_tokens", "long_prompts", "batch", "seed", "accelerator"),
+}
+
+
+def evaluate(config: DictConfig) -> dict[str, Any]:
+    """Return accuracy, pass@k, length and truncation over all problems and by difficulty.
+
+    Raises:
+        ConfigError: settings, files or models that cannot work.
+    """
+    refuse_unknown_keys(config, KEYS)
+    _check(config)
+    task, engine = build(config.task), build(config.engine)
+    problems = task.problems(config.split)
+    require(
+        len(problems) > 0,
+        "split",
+        "name problems of the task",
+        config.split,
+        "give task.val_path, or split=train",
+    )
+    tokenizer = load_tokenizer(config.student.path, "student.path")
+    prompts = Prompts(
+        problems=problems,
+        tokenizer=tokenizer,
+        max_tokens=config.max_prompt_tokens,
+        long=config.long_prompts,
+        seed=config.seed,
+    )
+    model = load_model(config.student.path, "student.path", config.student.dtype).to(config.accelerator)  # type: ignore[arg-type]
+    sampling = Sampling(
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        min_p=config.min_p,
+        stop_ids=stop_ids(model, tokenizer),
+    )
+    metrics = GroupedResponseMetrics()
+    rows = range(len(prompts) if config.problems is None else min(config.problems, len(prompts)))
+    begun = time.perf_counter()
+    for start in range(0, len(rows), config.batch):
+        asked = (
+            prompts.first(rows[start : start + config.batch]).repeat(config.samples).to(config.accelerator)
+        )
+        metrics.update(respond_and_grade(task, tokenizer, engine, model, asked, sampling))
+    return {
+        "student": config.student.path,
+        "split": config.split,
+        "problems": len(rows),
+        "samples": config.samples,
+        "temperature": config.temperature,
+        "seconds": round(time.perf_counter() - begun, 2),
+        "metrics": {name: _floats(values) for name, values in metrics.compute().items()},
+        "git_commit": git_commit(),
+    }
+
+
+def _check(config: DictConfig) -> None:
+    positive = config.problems is None or config.problems >= 1
+    require(positive, "problems", "be at least 1", config.problems, "use null for all")
+    require(config.samples >= 1, "samples", "be at least 1", config.samples, "use 1")
+    greedy_once = config.temperature > 0 or config.samples == 1
+    require(
+        greedy_once, "samples", "be 1 for greedy responses", config.samples, "set temperature=1.0 to sample"
+    )
+    require(config.batch >= 1, "batch", "be at least 1", config.batch, "use 64")
+
+
+def _floats(values: dict[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in values.items()}
+
+
+def table(result: dict[str, Any]) -> Table:
+    """Return the result as a table, a row for all problems and for each difficulty."""
+    how = "greedy" if result["temperature"] == 0 else f"temperature {result['temperature']}"
+    shown = Table(title=f"{result['student']}, {result['split']}, {result['problems']} problems, {how}")
+    rows = result["metrics"]
+    names = list(dict.fromkeys(name for values in rows.values() for name in values))
+    shown.add_column("problems")
+    for name in names:
+        label = {"accuracy": f"pass@1 (avg@{result['samples']})"}.get(name, name)
+        shown.add_column(label, justify="right")
+    for group, values in rows.items():
+        cells = [_cell(name, values.get(name)) for name in names]
+        shown.add_row(group, *cells)
+    return shown
+
+
+def _cell(name: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.1f}" if name in ("length", "responses") else f"{value:.1%}"
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="evaluate")
+@command
+def main(config: DictConfig) -> float | None:
+    """Command line entry; returns the accuracy for Hydra sweepers."""
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    result = evaluate(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
+    Console().print(table(result))
+    print(f"written to {folder / 'evaluation.json'}", flush=True)
+    return result["metrics"]["all"].get("accuracy")
+
+
+if __name__ == "__main__":
+    main()
