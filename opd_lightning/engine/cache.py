@@ -56,13 +56,12 @@ class KeyValueCache:
         self.store = self.store[:, :, : len(order)]
 
 
-def survivors(done: Bool[Tensor, " batch"]) -> Int[Tensor, " kept"]:
-    """Return the rows that are not done, moving the last of them into the places of those that are.
+def survivors(done: Bool[Tensor, " batch"], count: int) -> Int[Tensor, " kept"]:
+    """Return the ``count`` rows that are not done, the last of them moved into the places of those that are.
 
-    >>> survivors(torch.tensor([False, True, False, False]))
+    >>> survivors(torch.tensor([False, True, False, False]), 3)
     tensor([0, 3, 2])
     """
     order = torch.arange(len(done), device=done.device)
-    count = int((~done).sum())
     order[:count][done[:count]] = order[count:][~done[count:]]
     return order[:count]

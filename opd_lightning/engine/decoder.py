@@ -8,7 +8,8 @@ the model's own tensors, with nothing around it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -38,7 +39,7 @@ class Linear:
 class Norm:
     """Root-mean-square norm of the last axis, in float32: ``x / sqrt(mean(x**2) + eps) * weight``."""
 
-    weight: Float[Tensor, " dim"]
+    weight: Float[Tensor, "*heads dim"]
     eps: float
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -53,8 +54,7 @@ class Layer:
 
     input_norm: Norm
     qkv: tuple[Linear, ...]
-    q_norm: Norm | None
-    k_norm: Norm | None
+    qk_norm: Norm | None
     out: Linear
     mlp_norm: Norm
     gate_up: tuple[Linear, ...]
@@ -76,7 +76,7 @@ class State:
         """Return the state of the rows ``order`` of :func:`~opd_lightning.engine.cache.survivors`."""
         self.cache.keep(order)
         bias = None if self.bias is None else self.bias[order]
-        return State(cache=self.cache, position=self.position[order], bias=bias, cos=self.cos, sin=self.sin)
+        return replace(self, position=self.position[order], bias=bias)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,8 +127,7 @@ class Decoder:
         x = F.embedding(ids[:, None], self.embed)
         cos, sin = state.cos[position][:, None, None], state.sin[position][:, None, None]
         x = self._layers(x, cos, sin, state.cache, bias)
-        after = State(cache=state.cache, position=position, bias=state.bias, cos=state.cos, sin=state.sin)
-        return self.head(self.norm(x[:, -1])), after
+        return self.head(self.norm(x[:, -1])), replace(state, position=position)
 
     def _rotations(self, x: Tensor, slots: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines of every position, the sign of the half turn folded into the sines."""
@@ -156,12 +155,13 @@ class Decoder:
         mask: Tensor | None,
     ) -> Float[Tensor, "batch new hidden"]:
         batch, new, _ = x.shape
-        sizes = [self.heads, self.kv_heads, self.kv_heads]
         joint = torch.cat([part(x) for part in layer.qkv], -1) if len(layer.qkv) > 1 else layer.qkv[0](x)
-        q, k, v = joint.view(batch, new, -1, self.head_dim).transpose(1, 2).split(sizes, 1)
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q, k = layer.q_norm(q), layer.k_norm(k)
-        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+        turned, v = (
+            joint.view(batch, new, -1, self.head_dim).transpose(1, 2).tensor_split([-self.kv_heads], 1)
+        )
+        if layer.qk_norm is not None:
+            turned = layer.qk_norm(turned)
+        q, k = _rotate(turned, cos, sin).tensor_split([self.heads], 1)
         keys, values = cache.write(index, k, v)
         group = self.heads // self.kv_heads
         if new == 1:
@@ -190,27 +190,32 @@ def _split(parts: tuple[Linear, ...], x: Tensor, pieces: int) -> Sequence[Tensor
 
 def read(model: PreTrainedModel) -> Decoder:
     """Take the weights of a model that :func:`~opd_lightning.engine.shape.supports` accepted, as they are now."""
-    body, config = model.model, model.config
+    whole: Any = model
+    body, config = whole.model, whole.config
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     return Decoder(
         embed=body.embed_tokens.weight,
-        layers=tuple(_layer(layer) for layer in body.layers),
+        layers=tuple(_layer(layer, heads, kv_heads) for layer in body.layers),
         norm=_norm(body.norm),
-        head=_linear(model.lm_head),
+        head=_linear(whole.lm_head),
         rotary=body.rotary_emb,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
+        heads=heads,
+        kv_heads=kv_heads,
         head_dim=body.layers[0].self_attn.head_dim,
     )
 
 
-def _layer(layer: nn.Module) -> Layer:
+def _layer(layer: Any, heads: int, kv_heads: int) -> Layer:
     attention, mlp = layer.self_attn, layer.mlp
-    q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+    qk_norm = None
+    if hasattr(attention, "q_norm"):
+        q, k = attention.q_norm, attention.k_norm
+        weight = torch.cat([q.weight.expand(heads, 1, -1), k.weight.expand(kv_heads, 1, -1)])
+        qk_norm = Norm(weight=weight, eps=q.variance_epsilon)
     return Layer(
         input_norm=_norm(layer.input_layernorm),
         qkv=_fused(attention.q_proj, attention.k_proj, attention.v_proj),
-        q_norm=None if q_norm is None else _norm(q_norm),
-        k_norm=None if k_norm is None else _norm(k_norm),
+        qk_norm=qk_norm,
         out=_linear(attention.o_proj),
         mlp_norm=_norm(layer.post_attention_layernorm),
         gate_up=_fused(mlp.gate_proj, mlp.up_proj),
@@ -219,15 +224,18 @@ def _layer(layer: nn.Module) -> Layer:
     )
 
 
-def _norm(module: nn.Module) -> Norm:
+def _norm(module: Any) -> Norm:
     return Norm(weight=module.weight, eps=module.variance_epsilon)
 
 
-def _linear(module: nn.Module) -> Linear:
-    return Linear(weight=module.weight, bias=module.bias)
+def _linear(module: Any) -> Linear:
+    # Under autocast the products would cast the weights at every step; they are cast once instead.
+    dtype = _compute_dtype(module.weight)
+    bias = None if module.bias is None else module.bias.to(dtype)
+    return Linear(weight=module.weight.to(dtype), bias=bias)
 
 
-def _fused(*modules: nn.Module) -> tuple[Linear, ...]:
+def _fused(*modules: Any) -> tuple[Linear, ...]:
     parts = tuple(_linear(module) for module in modules)
     biases = [part.bias for part in parts if part.bias is not None]
     if sum(part.weight.numel() for part in parts) > _FUSE_BELOW or len(biases) not in (0, len(parts)):

@@ -47,7 +47,7 @@ class Record:
 
     def generation(self) -> Generation:
         """Return everything, cut to the longest row."""
-        longest = int(self.mask.sum(-1).amax())
+        longest = int(self.mask.any(0).sum())
         return Generation(
             ids=self.ids[:, :longest],
             mask=self.mask[:, :longest],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -35,10 +36,11 @@ def decode(
     for time in range(sampling.max_new_tokens):
         drawn, logp, top = draw(logits, by_time[time][rows], sampling)
         done = record.write(rows, time, drawn, logp, top)
-        if time + 1 == sampling.max_new_tokens or bool(done.all()):
+        left = int((~done).sum())
+        if left == 0 or time + 1 == sampling.max_new_tokens:
             break
-        if bool(done.any()):
-            order = survivors(done)
+        if left < len(rows):
+            order = survivors(done, left)
             rows, drawn, state = rows[order], drawn[order], state.keep(order)
         logits, state = decoder.step(drawn, state)
     return record.generation()
@@ -55,6 +57,7 @@ def generate(
 
     The token is drawn in a logits processor, which leaves no other id possible; greedy search then takes it.
     """
+    library: Any = model
     record = Record(len(ids), sampling, ids.device)
     stops = list(sampling.stop_ids)
     settings = GenerationConfig(
@@ -65,7 +68,7 @@ def generate(
     )
     processors = LogitsProcessorList([_Draw(record, uniforms, sampling)])
     with _own_settings(model, settings):
-        model.generate(input_ids=ids, attention_mask=mask.long(), logits_processor=processors)
+        library.generate(input_ids=ids, attention_mask=mask.long(), logits_processor=processors)
     return record.generation()
 
 
@@ -90,7 +93,7 @@ class _Draw(LogitsProcessor):
 
 
 @contextmanager
-def _own_settings(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
+def _own_settings(model: Any, settings: GenerationConfig) -> Iterator[None]:
     # Settings that a model carries (penalties, forced tokens, its own stop ids) fill what a call leaves open.
     held = model.generation_config
     model.generation_config = settings

@@ -64,8 +64,8 @@ def agrees(
         _agreement[model] = _same(model, decoder, ids[rows], mask[rows])
         if not _agreement[model]:
             warnings.warn(
-                f"the fast decoder does not reproduce this {type(model).__name__}; generating with the "
-                "library's own loop (engine.method=generate says so silently)",
+                f"the fast decoder does not reproduce this {type(model).__name__}, so the library's own "
+                "loop generates; engine.method=generate asks for it at once",
                 stacklevel=2,
             )
     return _agreement[model]

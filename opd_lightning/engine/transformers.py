@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from opd_lightning.engine import loops
 from opd_lightning.engine.decoder import Decoder, read
-from opd_lightning.engine.drawn import join
+from opd_lightning.engine.drawn import Record, join
 from opd_lightning.engine.sampling import check, row_uniforms
 from opd_lightning.engine.shape import agrees, supports
 from opd_lightning.errors import ConfigError, require
@@ -25,11 +25,11 @@ class TransformersEngine:
 
     ``batch_size`` is the most rows decoded together. ``method``: ``"loop"`` is the fast decoder for
     Llama, Mistral, Qwen2 and Qwen3, which refuses other models; ``"generate"`` is the library's own
-    ``model.generate`` for every model; ``"auto"`` takes the first where it can. Greedy, they give the same tokens, and sampled
-    too but for a draw that falls within rounding of the border between two tokens.
+    ``model.generate``, for every model; ``"auto"`` is the first where it can be. Greedy, they give the
+    same tokens; sampled too, but for a draw within rounding of the border between two tokens.
     """
 
-    batch_size: int = 64
+    batch_size: int = 128
     method: Method = "auto"
 
     def __post_init__(self) -> None:
@@ -47,22 +47,22 @@ class TransformersEngine:
         ``method="loop"`` with a model that the decoder does not run.
         """
         check(sampling)
+        if len(prompts) == 0:
+            return Record(0, sampling, prompts.ids.device).generation()
         lengths = prompts.mask.sum(-1)
-        order = lengths.argsort(stable=True)
+        require(bool(lengths.all()), "prompts", "have at least one token each", 0, "check the chat template")
         uniforms = row_uniforms(prompts.seeds, sampling.max_new_tokens).to(prompts.ids.device)
+        order = lengths.argsort(stable=True)
         training = model.training
         model.eval()
         try:
             decoder = self._decoder(model, prompts)
             chunks = []
             for rows in order.tensor_split(-(-len(prompts) // self.batch_size)):
-                # The prompts of a chunk have similar lengths: the padding that all of them share goes.
+                # The rows of a chunk have similar lengths; the padding that all of them share goes.
                 width = int(lengths[rows].amax())
-                ids, mask = prompts.ids[rows][:, -width:], prompts.mask[rows][:, -width:]
-                if decoder is None:
-                    chunks.append(loops.generate(model, ids, mask, uniforms[rows], sampling))
-                else:
-                    chunks.append(loops.decode(decoder, ids, mask, uniforms[rows], sampling))
+                chunk = prompts.ids[rows, -width:], prompts.mask[rows, -width:], uniforms[rows], sampling
+                chunks.append(loops.decode(decoder, *chunk) if decoder else loops.generate(model, *chunk))
         finally:
             model.train(training)
         return join(chunks, order)
