@@ -1,0 +1,71 @@
+"""The special-token mask: numerics.md section 11, point 26."""
+
+import pytest
+import torch
+from tabular import make_rollout
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+from opd_lightning.errors import ConfigError
+from opd_lightning.mask.special_tokens import SpecialTokens
+from opd_lightning.types import Needs
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """One id a character, the unknown one for the rest, a <bos> before every text."""
+    vocabulary = {c: i for i, c in enumerate(["<unk>", "<bos>", "<eos>", *"abc<|>"])}
+    model = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    model.pre_tokenizer = Split("", "isolated")
+    model.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=model, unk_token="<unk>", bos_token="<bos>", eos_token="<eos>"
+    )
+
+
+def test_the_fixture_inserts_and_does_not_know(tokenizer):
+    assert tokenizer.encode("ax") == [1, 3, 0]
+
+
+def test_bind_collects_all_ids_of_each_string(tokenizer):
+    bound = SpecialTokens(tokens=("ab", "<|", "<eos>", "xyz")).bind(tokenizer)
+    # a, b; <, |; <eos>; nothing of what the tokenizer does not know, and no inserted <bos>
+    assert bound.ids == (2, 3, 4, 6, 7)
+    assert bound.tokens == ("ab", "<|", "<eos>", "xyz")
+
+
+def test_first_occurrence_of_each_id_in_each_response():
+    ids = torch.tensor([[5, 3, 3, 5, 4], [3, 9, 9, 3, 5], [9, 9, 9, 9, 9]])
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[1, 4] = False  # padding that happens to hold a listed id
+    keep = SpecialTokens(tokens=("x",), ids=(3, 5))(make_rollout(ids, mask))
+    assert keep.int().tolist() == [[0, 0, 1, 1, 1], [0, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+
+
+def test_padding_before_a_token_is_not_an_occurrence():
+    ids = torch.tensor([[3, 9, 3, 3]])
+    mask = torch.tensor([[False, True, True, True]])
+    keep = SpecialTokens(tokens=("x",), ids=(3,))(make_rollout(ids, mask))
+    assert keep.tolist() == [[False, True, False, True]]
+
+
+def test_nothing_listed_removes_nothing(tokenizer):
+    ids = torch.tensor([[3, 9, 3]])
+    rollout = make_rollout(ids, torch.ones_like(ids, dtype=torch.bool))
+    assert SpecialTokens(tokens=()).bind(tokenizer)(rollout).all()
+    assert SpecialTokens(tokens=("zzz",)).bind(tokenizer)(rollout).all()
+
+
+def test_needs_nothing_collected():
+    assert SpecialTokens(tokens=()).needs == Needs()
+
+
+def test_refusals():
+    with pytest.raises(ConfigError, match="must be a list of strings"):
+        SpecialTokens(tokens="<think>")
+    rollout = make_rollout(torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1, dtype=torch.bool))
+    with pytest.raises(ConfigError, match="call bind"):
+        SpecialTokens(tokens=("<",))(rollout)
