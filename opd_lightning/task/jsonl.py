@@ -1,0 +1,136 @@
+"""The user's own problems, from jsonl or parquet files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from opd_lightning.errors import ConfigError, require
+from opd_lightning.task.grading import grade_answer
+from opd_lightning.types import Problem
+
+_KNOWN = ("prompt", "messages", "answer", "response", "difficulty")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Jsonl:
+    """Problems from files, a row each: ``prompt`` (text) or ``messages`` (chat), and what may follow.
+
+    ``answer`` makes accuracy measurable: it is compared with the last boxed answer of a response.
+    ``response`` is a gold response, ``difficulty`` a label that evaluation groups by.
+
+    Args:
+        path: training problems, ``.jsonl`` or ``.parquet``.
+        val_path, test_path: held-out problems; None for none.
+
+    Raises:
+        ConfigError: a file that is missing or empty, or a row that cannot be read, with its line number.
+    """
+
+    path: str
+    val_path: str | None = None
+    test_path: str | None = None
+
+    def __post_init__(self) -> None:
+        for split, name in self._files().items():
+            if name is not None:
+                require(Path(name).is_file(), _field(split), "be a file", name, "check the path")
+
+    def _files(self) -> dict[str, str | None]:
+        return {"train": self.path, "validation": self.val_path, "test": self.test_path}
+
+    def problems(self, split: str) -> Sequence[Problem]:
+        """Return the problems of a split; none where it has no file."""
+        files = self._files()
+        require(split in files, "split", f"be one of {', '.join(files)}", split, "use validation")
+        name = files[split]
+        if name is None:
+            return []
+        field, rows = _field(split), _rows(Path(name), _field(split))
+        problems = [_problem(i, row, f"{name}:{line}", field) for i, (line, row) in enumerate(rows)]
+        require(
+            len(problems) > 0,
+            field,
+            "hold at least one problem",
+            name,
+            "the file is empty; write a row a line",
+        )
+        return problems
+
+    def grade(self, problem: Problem, response: str) -> float | None:
+        """Return 1.0 or 0.0 by the boxed answer, None for a problem without an answer."""
+        return None if problem.answer is None else grade_answer(response, problem.answer)
+
+
+def _field(split: str) -> str:
+    return {"train": "task.path", "validation": "task.val_path", "test": "task.test_path"}[split]
+
+
+def _rows(path: Path, field: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Yield each row with its line number, from 1."""
+    if path.suffix == ".parquet":
+        yield from enumerate(_parquet(path, field), 1)
+        return
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ConfigError(
+                    f"`{field}` must hold one JSON object a line, got a broken one at {path}:{number} "
+                    f"({error.msg} at column {error.colno}); correct or remove that line"
+                ) from error
+            yield number, row
+
+
+def _parquet(path: Path, field: str) -> list[dict[str, Any]]:
+    try:
+        from pyarrow import parquet  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise ConfigError(
+            f"`{field}` must be readable, got {str(path)!r}; "
+            "install pyarrow for parquet: pip install 'opd-lightning[parquet]'"
+        ) from error
+    rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
+    return rows
+
+
+def _problem(index: int, row: Any, place: str, field: str) -> Problem:
+    if not isinstance(row, Mapping) or not (row.get("prompt") or row.get("messages")):
+        raise ConfigError(
+            f"`{field}` must give each row a `prompt` or `messages`, got neither at {place}; "
+            'write {"prompt": "...", "answer": "..."}'
+        )
+    return Problem(
+        index=index,
+        messages=_messages(row, place, field),
+        answer=_text(row.get("answer")),
+        response=_text(row.get("response")),
+        difficulty=_text(row.get("difficulty")),
+        extra={name: value for name, value in row.items() if name not in _KNOWN},
+    )
+
+
+def _messages(row: Mapping[str, Any], place: str, field: str) -> tuple[dict[str, str], ...]:
+    if row.get("prompt"):
+        return ({"role": "user", "content": str(row["prompt"])},)
+    messages = row["messages"]
+    fits = isinstance(messages, list) and all(
+        isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in messages
+    )
+    if not fits:
+        raise ConfigError(
+            f"`{field}` must give `messages` as a list of objects with role and content, "
+            f"got {repr(messages)[:80]} at {place}; "
+            'write [{"role": "user", "content": "..."}]'
+        )
+    return tuple({"role": str(m["role"]), "content": str(m["content"])} for m in messages)
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)
