@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -53,18 +55,14 @@ class TransformersEngine:
         require(bool(lengths.all()), "prompts", "have at least one token each", 0, "check the chat template")
         uniforms = row_uniforms(prompts.seeds, sampling.max_new_tokens).to(prompts.ids.device)
         order = lengths.argsort(stable=True)
-        training = model.training
-        model.eval()
-        try:
+        chunks = []
+        with _evaluating(model):
             decoder = self._decoder(model, prompts)
-            chunks = []
             for rows in order.tensor_split(-(-len(prompts) // self.batch_size)):
                 # The rows of a chunk have similar lengths; the padding that all of them share goes.
                 width = int(lengths[rows].amax())
                 chunk = prompts.ids[rows, -width:], prompts.mask[rows, -width:], uniforms[rows], sampling
                 chunks.append(loops.decode(decoder, *chunk) if decoder else loops.generate(model, *chunk))
-        finally:
-            model.train(training)
         return join(chunks, order)
 
     def _decoder(self, model: PreTrainedModel, prompts: PromptBatch) -> Decoder | None:
@@ -81,3 +79,15 @@ class TransformersEngine:
                 "the fast decoder runs unmodified Llama, Mistral, Qwen2 and Qwen3 only"
             )
         return None
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Hold every module of ``model`` in evaluation mode; modules that were so before stay so after."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
