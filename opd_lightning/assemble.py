@@ -85,6 +85,7 @@ def assemble(
     model = load_model(student_path, "student.path", student_dtype)
     student = Scorer(model, vocab)
     check_head(student, student_path)
+    student.train()
     frozen = teacher.load(vocab)
     if objective.want.full:
         student.set_full_target(frozen.scorer.head, objective.estimator.divergence)  # type: ignore[attr-defined]

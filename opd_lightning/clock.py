@@ -20,6 +20,7 @@ class PhaseClock:
         self.listeners: list[Callable[[str], None]] = []
         self.phase: str | None = None
         self._since = 0.0
+        self._lap: tuple[dict[str, float], dict[str, int]] = ({}, {})
 
     def switch(self, phase: str | None) -> str | None:
         """Begin ``phase`` (None: none), end the one before and return it."""
@@ -44,3 +45,13 @@ class PhaseClock:
     def tokens_per_second(self) -> dict[str, float]:
         """Return response tokens per second of each phase that has seen both."""
         return {p: n / self.seconds[p] for p, n in self.tokens.items() if self.seconds.get(p, 0.0) > 0.0}
+
+    def lap(self) -> dict[str, float]:
+        """Return ``time/<phase>_seconds`` and ``time/<phase>_tokens_per_second`` since the last lap."""
+        seconds, tokens = dict(self.seconds), dict(self.tokens)
+        spent = {p: s - self._lap[0].get(p, 0.0) for p, s in seconds.items()}
+        done = {p: n - self._lap[1].get(p, 0) for p, n in tokens.items()}
+        self._lap = (seconds, tokens)
+        lap = {f"time/{p}_seconds": s for p, s in spent.items() if s > 0.0}
+        speeds = {p: n / spent[p] for p, n in done.items() if spent.get(p, 0.0) > 0.0}
+        return lap | {f"time/{p}_tokens_per_second": rate for p, rate in speeds.items()}

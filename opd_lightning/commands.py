@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import logging
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import transformers
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -91,3 +94,17 @@ def plain(config: DictConfig, resolve: bool = True) -> dict[str, Any]:
     container = OmegaConf.to_container(config, resolve=resolve)
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
+
+
+def quiet() -> None:
+    """Silence what says nothing about a run: device counts, loading bars, and warnings about other uses."""
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch.accelerators").setLevel(logging.WARNING)
+    for message in (
+        r".*does not have many workers.*",
+        r".*LeafSpec.* is deprecated.*",
+        r".*Experiment logs directory .* exists and is not empty.*",
+        r".*Checkpoint directory .* exists and is not empty.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)

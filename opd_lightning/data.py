@@ -152,7 +152,9 @@ class ExperienceLoader:
         while trainer.global_step < trainer.max_steps:
             done = trainer.global_step
             steps = self._collect(done // per_collection, done)
-            for step in steps[: trainer.max_steps - done]:
+            for step in steps[done % per_collection :]:
+                if trainer.global_step >= trainer.max_steps:
+                    return
                 for micro_batch in step:
                     clock.tokens["train"] += int((micro_batch.share > 0).sum())
                     clock.switch("train")
@@ -178,7 +180,8 @@ class ExperienceLoader:
         finally:
             student.train(training)
         data.report = report
-        data.metrics = report.means(data.world.total, torch.device(trainer.strategy.root_device))
+        means = report.means(data.world.total, torch.device(trainer.strategy.root_device))
+        data.metrics = means | data.collector.clock.lap()
         return steps
 
 

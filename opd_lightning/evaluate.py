@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from opd_lightning.collector import respond_and_grade
-from opd_lightning.commands import build, command, git_commit, refuse_unknown_keys
+from opd_lightning.commands import build, command, git_commit, quiet, refuse_unknown_keys
 from opd_lightning.diagnostics.responses import GroupedResponseMetrics
 from opd_lightning.errors import require
 from opd_lightning.models import load_model, load_tokenizer, stop_ids
@@ -123,6 +123,7 @@ def _cell(name: str, value: float | None) -> str:
 @command
 def main(config: DictConfig) -> float | None:
     """Command line entry; returns the accuracy for Hydra sweepers."""
+    quiet()
     folder = Path(HydraConfig.get().runtime.output_dir)
     result = evaluate(config)
     folder.mkdir(parents=True, exist_ok=True)

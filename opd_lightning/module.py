@@ -79,7 +79,12 @@ class OnPolicyDistillation(L.LightningModule):
         assert isinstance(sums, Tensor)
         logged = dict(zip(self._sums, sums.tolist(), strict=True))
         self._sums.clear()
-        self.log_dict(logged | {"train/grad_norm": self._gradient_norm()})
+        rate = optimizer.param_groups[0]["lr"]
+        # What the collecting half saw of the responses behind this step; on the first step after a collection.
+        collected: dict[str, float] = getattr(
+            getattr(self.trainer, "datamodule", None), "take_metrics", dict
+        )()
+        self.log_dict(logged | collected | {"train/grad_norm": self._gradient_norm(), "train/lr": rate})
         self.log("loss", logged["train/loss"], prog_bar=True, logger=False)
 
     def _gradient_norm(self) -> Tensor:

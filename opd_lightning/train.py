@@ -7,7 +7,6 @@ import logging
 import resource
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from opd_lightning.assemble import CollectorSettings, Run, assemble
 from opd_lightning.callbacks.history import EvaluationHistory
-from opd_lightning.commands import build, command, git_commit, plain, refuse_unknown_keys
+from opd_lightning.commands import build, command, git_commit, plain, quiet, refuse_unknown_keys
 from opd_lightning.diagnostics.responses import ResponseMetrics
 from opd_lightning.errors import ConfigError, require
 from opd_lightning.export import save_student
@@ -88,7 +87,7 @@ def trainer_from(config: DictConfig, history: EvaluationHistory, folder: Path) -
         config.trainer,
         strategy=build(config.strategy) if "_target_" in config.strategy else config.strategy.name,
         logger=[build(part) for part in (config.get("logger") or {}).values()],
-        callbacks=[*callbacks, L.pytorch.callbacks.LearningRateMonitor(), history],
+        callbacks=[*callbacks, history],
         default_root_dir=str(folder),
         val_check_interval=every * accumulate if evaluates else planned * accumulate,
         num_sanity_val_steps=0,
@@ -134,10 +133,9 @@ def train(config: DictConfig, folder: Path, overrides: list[str]) -> dict[str, A
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(config, folder / "config.yaml", resolve=True)
         print(plan(config, run, folder), flush=True)
-        for logger in trainer.loggers:
-            logger.log_hyperparams(plain(config) | {"overrides": " ".join(overrides)})
     if run.data.validation is not None:
         trainer.validate(run.module, datamodule=run.data, verbose=False)
+    log_settings(trainer, config, overrides, history.at.get(0, {}))
     trainer.fit(run.module, datamodule=run.data)
     run.data.collector.clock.switch(None)
     if run.data.validation is not None and trainer.global_step not in history.at:
@@ -154,6 +152,19 @@ def train(config: DictConfig, folder: Path, overrides: list[str]) -> dict[str, A
         (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         print(closing(summary, folder), flush=True)
     return summary
+
+
+def log_settings(
+    trainer: L.Trainer, config: DictConfig, overrides: list[str], before: dict[str, float]
+) -> None:
+    """Give the loggers the configuration; TensorBoard shows it beside the accuracy of each run."""
+    settings = plain(config) | {"overrides": " ".join(overrides)}
+    shown = {k: v for k, v in before.items() if "accuracy" in k} or {"train/tokens": 0.0}
+    for logger in trainer.loggers:
+        if isinstance(logger, L.pytorch.loggers.TensorBoardLogger):
+            logger.log_hyperparams(settings, shown)
+        else:
+            logger.log_hyperparams(settings)
 
 
 def teacher_accuracy(run: Run) -> float | None:
@@ -219,7 +230,7 @@ def closing(summary: dict[str, Any], folder: Path) -> str:
 @command
 def main(config: DictConfig) -> float | None:
     """Command line entry; returns the accuracy after training for Hydra sweepers."""
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    quiet()
     hydra_config = HydraConfig.get()
     devices, nodes = config.trainer.devices, config.trainer.num_nodes
     if hydra_config.mode == RunMode.MULTIRUN and (devices not in (1, "1") or nodes != 1):
