@@ -35,7 +35,7 @@ def grade_answer(response: str, answer: str) -> float:
 
 def after_thought(text: str) -> str:
     """Return what follows the last ``</think>``; nothing after a thought that was never closed."""
-    before, closed, after = text.rpartition("</think>")
+    _, closed, after = text.rpartition("</think>")
     if closed:
         return after
     return "" if "<think>" in text else text

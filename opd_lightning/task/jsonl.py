@@ -74,29 +74,35 @@ def _rows(path: Path, field: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
     if path.suffix == ".parquet":
         yield from enumerate(_parquet(path, field), 1)
         return
-    with path.open(encoding="utf-8") as lines:
+    # Lines are decoded one by one, so that a broken one can be named; the first may carry a byte-order mark.
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
+                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except ValueError as error:
                 raise ConfigError(
-                    f"`{field}` must hold one JSON object a line, got a broken one at {path}:{number} "
-                    f"({error.msg} at column {error.colno}); correct or remove that line"
+                    f"`{field}` must hold one JSON object a line, got a broken one at {path}:{number} ({error}); "
+                    "correct or remove that line"
                 ) from error
             yield number, row
 
 
 def _parquet(path: Path, field: str) -> list[dict[str, Any]]:
     try:
-        from pyarrow import parquet  # type: ignore[import-untyped]
+        from pyarrow import ArrowException, parquet  # type: ignore[import-untyped]
     except ImportError as error:
         raise ConfigError(
-            f"`{field}` must be readable, got {str(path)!r}; "
-            "install pyarrow for parquet: pip install 'opd-lightning[parquet]'"
+            f"`{field}` must be readable, got {str(path)!r}, and parquet needs pyarrow; "
+            "pip install 'opd-lightning[parquet]', or write jsonl"
         ) from error
-    rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
+    try:
+        rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
+    except (ArrowException, OSError) as error:
+        raise ConfigError(
+            f"`{field}` must be a parquet file, got {str(path)!r} ({str(error).splitlines()[0]}); check the file"
+        ) from error
     return rows
 
 
@@ -121,13 +127,18 @@ def _messages(row: Mapping[str, Any], place: str, field: str) -> tuple[dict[str,
         return ({"role": "user", "content": str(row["prompt"])},)
     messages = row["messages"]
     fits = isinstance(messages, list) and all(
-        isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in messages
+        isinstance(m, Mapping) and {"role", "content"} <= m.keys() and isinstance(m["content"], str)
+        for m in messages
     )
     if not fits:
         raise ConfigError(
-            f"`{field}` must give `messages` as a list of objects with role and content, "
-            f"got {repr(messages)[:80]} at {place}; "
-            'write [{"role": "user", "content": "..."}]'
+            f"`{field}` must give `messages` as a list of objects with role and content, got {messages!r:.80} "
+            f'at {place}; write [{{"role": "user", "content": "..."}}]'
+        )
+    if messages[-1]["role"] == "assistant":
+        raise ConfigError(
+            f"`{field}` must give `messages` that end before the answer, got an assistant's turn last at {place}; "
+            "move its content to `response`, or the prompt would hold the solution"
         )
     return tuple({"role": str(m["role"]), "content": str(m["content"])} for m in messages)
 

@@ -114,7 +114,7 @@ def pretrain(
             schedule.step()
             tokens += int((labels != _IGNORED).sum())
             seconds = time.perf_counter() - begun
-            if report(Progress(phase=number, step=step, loss=float(loss), tokens=tokens, seconds=seconds)):
+            if report(Progress(phase=number, step=step, loss=loss.item(), tokens=tokens, seconds=seconds)):
                 return
 
 

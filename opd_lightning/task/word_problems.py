@@ -44,7 +44,8 @@ class WordProblems:
         train_size, validation_size, test_size: problems of each split.
 
     Raises:
-        ConfigError: a range that holds nothing, or more people in a problem than there are names.
+        ConfigError: a range that holds nothing, more people in a problem than there are names, chances
+            or sizes that are none.
     """
 
     min_steps: int = 3
@@ -69,6 +70,9 @@ class WordProblems:
         shares = (self.p_multiply, self.p_hop, self.p_distractor)
         holds = all(0 <= p <= 1 for p in shares) and self.p_multiply + self.p_hop <= 1
         require(holds, "task.p_*", "be chances, p_multiply + p_hop at most 1", shares, "use 0.15, 0.25, 0.3")
+        for name in ("train_size", "validation_size", "test_size"):
+            size = getattr(self, name)
+            require(size >= 0, f"task.{name}", "be at least 0 problems", size, "use 256")
 
     def problems(self, split: str) -> Split:
         """Return a split: ``"train"``, ``"validation"`` or ``"test"``."""
