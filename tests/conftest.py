@@ -35,7 +35,9 @@ def tiny_model(seed: int = 0, *, tied: bool = True, vocab: int = VOCAB, hidden: 
     return Qwen3ForCausalLM(config)
 
 
-def random_rollout(rows: int, *, prompt: int = 7, time: int = 9, vocab: int = VOCAB, seed: int = 0) -> Rollout:
+def random_rollout(
+    rows: int, *, prompt: int = 7, time: int = 9, vocab: int = VOCAB, seed: int = 0
+) -> Rollout:
     """Return responses of ragged lengths, from one token to all of ``time``."""
     random = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, time + 1, (rows,), generator=random)
@@ -59,7 +61,9 @@ def random_rollout(rows: int, *, prompt: int = 7, time: int = 9, vocab: int = VO
     )
 
 
-def random_experience(rows: int, *, k: int = 4, vocab: int = VOCAB, seed: int = 0, **sizes: int) -> Experience:
+def random_experience(
+    rows: int, *, k: int = 4, vocab: int = VOCAB, seed: int = 0, **sizes: int
+) -> Experience:
     """Return experience with random teacher log-probs on a random support of distinct ids; no shares yet."""
     random = torch.Generator().manual_seed(seed + 1)
     rollout = random_rollout(rows, vocab=vocab, seed=seed, **sizes)

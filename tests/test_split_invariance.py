@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-
 from conftest import random_experience, tiny_model
+
 from opd_lightning.buffer import empty, micro_batches
 from opd_lightning.divergence.reverse_kl import ReverseKL
 from opd_lightning.errors import ConfigError
@@ -105,7 +105,9 @@ def test_an_empty_micro_batch_is_zero_with_a_graph(objective):
 
 def test_micro_batches_balance_tokens():
     experience = random_experience(64, time=40)
-    counts = [int(part.rollout.mask.sum() + part.rollout.prompt.mask.sum()) for part in micro_batches(experience, 4)]
+    counts = [
+        int(part.rollout.mask.sum() + part.rollout.prompt.mask.sum()) for part in micro_batches(experience, 4)
+    ]
     assert max(counts) - min(counts) <= 47  # no more than one row, prompt 7 and response 40
 
 
