@@ -30,6 +30,9 @@ test: setup-dev  ## the default suite
 test-slow: setup-dev  ## whole runs, notebooks, the wheel, two processes
 	$(BIN)/python -m pytest -m "slow" $(ARGS)
 
+notebook: setup-dev  ## run the notebook and keep what it shows
+	$(BIN)/jupyter-execute --inplace notebooks/quickstart.ipynb
+
 lint: setup-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
