@@ -62,7 +62,7 @@ def build(family: str, **changes):
     torch.manual_seed(3)
     model = model_class(config_class(**{**common, **settings, **changes}))
     with torch.no_grad():
-        for name, weight in model.named_parameters():
+        for weight in model.parameters():
             if weight.ndim == 1:  # biases and norms start as 0 and 1, where an error would not show
                 weight += 0.3 * torch.randn_like(weight)
     return model.eval()

@@ -61,7 +61,7 @@ def test_a_changed_model_is_refused(change, make, prompts):
     assert supports(model)
     change(model)
     assert not supports(model)
-    with pytest.raises(ConfigError, match="engine.method"):
+    with pytest.raises(ConfigError, match=r"engine\.method"):
         loop(model, prompts)
     assert TransformersEngine().generate(model, prompts, GREEDY).ids.shape == (7, 8)
 

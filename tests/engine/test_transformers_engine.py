@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from transformers import GenerationConfig
 
 from opd_lightning.engine import cache
+from opd_lightning.engine.decoder import Decoder
 from opd_lightning.engine.transformers import TransformersEngine
 from opd_lightning.errors import ConfigError
 from opd_lightning.protocols import Engine
@@ -149,6 +150,28 @@ def test_one_token_and_all_rows_ending_at_once(method, qwen3, prompts):
     assert (every.finish == Finish.EOS).all()
 
 
+def test_finished_rows_cost_nothing(make, prompts, monkeypatch):
+    model, fed, step = make("qwen3"), [], Decoder.step
+    monkeypatch.setattr(
+        Decoder, "step", lambda self, ids, state: fed.append(len(ids)) or step(self, ids, state)
+    )
+    agrees_first = run(model, prompts, SAMPLED, "loop")  # compares the decoder with the model, once
+    fed.clear()
+    got = run(model, prompts, SAMPLED, "loop")
+    assert torch.equal(got.ids, agrees_first.ids)
+    # Every token but a row's last is fed back, once.
+    assert sum(fed) == int(got.mask.sum()) - len(prompts)
+
+
+def test_the_librarys_loop_ends_with_the_longest_row(make, prompts):
+    model, calls = make("qwen3"), []
+    free = texts(run(model, prompts, replace(SAMPLED, stop_ids=())))
+    stop_ids = tuple({text[3] for text in free})
+    model.register_forward_hook(lambda *_: calls.append(1))
+    got = run(model, prompts, replace(SAMPLED, stop_ids=stop_ids), "generate", batch_size=9)
+    assert len(calls) == got.ids.shape[1] <= 4
+
+
 @pytest.mark.parametrize("method", ["loop", "generate"])
 def test_padding_holds_zeros(method, qwen3, prompts):
     got = run(qwen3, prompts, SAMPLED, method)
@@ -209,11 +232,11 @@ def test_no_rows_give_no_rows(qwen3, prompts):
 
 
 def test_settings_are_refused_before_anything_runs(qwen3, prompts):
-    with pytest.raises(ConfigError, match="sampling.top_p"):
+    with pytest.raises(ConfigError, match=r"sampling\.top_p"):
         run(qwen3, prompts, Sampling(max_new_tokens=1, top_p=0))
-    with pytest.raises(ConfigError, match="engine.batch_size"):
+    with pytest.raises(ConfigError, match=r"engine\.batch_size"):
         TransformersEngine(batch_size=0)
-    with pytest.raises(ConfigError, match="engine.method"):
+    with pytest.raises(ConfigError, match=r"engine\.method"):
         TransformersEngine(method="vllm")
     with pytest.raises(ConfigError, match="prompts"):
         run(qwen3, replace(prompts, mask=torch.zeros_like(prompts.mask)), GREEDY)
