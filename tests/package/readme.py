@@ -134,12 +134,20 @@ def python_program() -> str:
     return block.text
 
 
-def substituted(program: str, **changes: str) -> str:
-    """Return a program with ``name=`` given another value, each where it stands once."""
-    for name, value in changes.items():
-        program, count = re.subn(rf"\b{name}=[^,()]+(?=[,)])", f"{name}={value}", program)
-        assert count == 1, f"{name}= stands {count} times in the README's program"
+def substituted(program: str, changes: dict[str, str]) -> str:
+    """Return a program with each text replaced wherever it stands, and it must stand somewhere."""
+    for old, new in changes.items():
+        assert old in program, f"the README's program has no {old}"
+        program = program.replace(old, new)
     return program
+
+
+def run_program(program: str, **names: object) -> dict[str, object]:
+    """Run a program as a script and return its names."""
+    space = {"__name__": "__main__", **names}
+    with _as_before():
+        exec(compile(program, "README.md", "exec"), space)
+    return space
 
 
 def run_here(module: str, arguments: list[str], folder: Path, path: str | None = None) -> Finished:

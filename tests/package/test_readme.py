@@ -17,7 +17,7 @@ from opd_lightning.assemble import CollectorSettings
 from opd_lightning.commands import build, plain, refuse_unknown_keys
 from opd_lightning.paths import CONF_DIR
 from opd_lightning.train import KEYS, objective_from
-from package.readme import ROOT, TEXT, blocks, commands, python_program, substituted, write_files
+from package.readme import ROOT, TEXT, blocks, commands, python_program, run_program, substituted, write_files
 
 
 def ids(command):
@@ -170,13 +170,16 @@ def test_composes(command, tmp_path, monkeypatch):
 
 
 def test_python_program(tmp_path, monkeypatch):
-    """As it is written but for two numbers; that it equals the command is test_python_api's."""
+    """As it is written but for three numbers; that it equals the command is test_python_api's."""
     monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {"__name__": "__main__"}
-    program = substituted(python_program(), prompts_per_collection="4", problems="4")
-    program = program.replace("max_steps=240", "max_steps=2")
-    exec(compile(program, "README.md", "exec"), names)
+    short = {
+        "max_steps=240": "max_steps=2",
+        "prompts_per_collection=32": "prompts_per_collection=4",
+        "problems=256": "problems=4",
+    }
+    names = run_program(substituted(python_program(), short))
     assert names["trainer"].global_step == 2
+    assert "eval/accuracy" in names["trainer"].callback_metrics
 
 
 # -- what the README says exists
