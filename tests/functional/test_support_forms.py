@@ -55,6 +55,7 @@ def test_known_numbers():
     close(renormalise(logp).exp(), torch.tensor([2 / 3, 1 / 3], dtype=torch.float64))
     close(with_tail(logp).exp(), torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64))
     close(plain(logp, valid(2)), logp)
+    assert list(FORMS.items()) == [("renormalised", renormalise), ("tail", with_tail), ("plain", plain)]
 
 
 def test_renormalised_gradients(models):
@@ -215,6 +216,16 @@ def test_zero_probabilities_on_a_support_stay_finite(form):
     value.backward()
     assert value.isfinite()
     assert logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_support_without_any_probability_stays_finite(form):
+    """numerics.md section 11, point 24: every listed id has p = 0, as under a one-hot model elsewhere."""
+    nothing = torch.full((3,), -float("inf"), requires_grad=True)
+    value = reverse_kl(FORMS[form](nothing, valid()), FORMS[form](torch.tensor([-1.0, -2.0, -3.0]), valid()))
+    value.backward()
+    assert value.isfinite()
+    assert nothing.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("form", FORMS)
