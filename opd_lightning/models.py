@@ -102,10 +102,10 @@ def shared_vocabulary(
     if ordinary[0] != ordinary[1]:
         every = ordinary[0].keys() | ordinary[1].keys()
         differing = sorted(t for t in every if ordinary[0].get(t) != ordinary[1].get(t))
-        token = differing[0]
+        token, ids = differing[0], [vocabulary.get(differing[0]) for vocabulary in ordinary]
         raise ConfigError(
             f"`teacher.path` must have the student's tokenizer, got one in which {len(differing)} ordinary tokens "
-            f"differ (for example {token!r}: student id {ordinary[0].get(token)}, teacher id {ordinary[1].get(token)}); "
+            f"differ (for example {token!r}: student id {ids[0]}, teacher id {ids[1]}); "
             "choose a teacher of the same family, since log-probs are compared id by id"
         )
     for text in _PROBES:

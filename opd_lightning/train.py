@@ -157,14 +157,46 @@ def train(config: DictConfig, folder: Path, overrides: list[str]) -> dict[str, A
 def log_settings(
     trainer: L.Trainer, config: DictConfig, overrides: list[str], before: dict[str, float]
 ) -> None:
-    """Give the loggers the configuration; TensorBoard shows it beside the accuracy of each run."""
-    settings = plain(config) | {"overrides": " ".join(overrides)}
-    shown = {k: v for k, v in before.items() if "accuracy" in k} or {"train/tokens": 0.0}
+    """Give the loggers the configuration; TensorBoard shows what tells runs apart beside their accuracy."""
+    accuracies = {name: value for name, value in before.items() if "accuracy" in name}
     for logger in trainer.loggers:
         if isinstance(logger, L.pytorch.loggers.TensorBoardLogger):
-            logger.log_hyperparams(settings, shown)
+            # The metrics are written at step 0; later values of the same names then fill the table.
+            logger.log_hyperparams(method_settings(config, overrides), accuracies or {"train/tokens": 0.0})
         else:
-            logger.log_hyperparams(settings)
+            logger.log_hyperparams(plain(config) | {"overrides": " ".join(overrides)})
+
+
+def method_settings(config: DictConfig, overrides: list[str]) -> dict[str, Any]:
+    """Return the settings of the method as flat names, each part by its class, overrides first in the table."""
+    settings: dict[str, Any] = {"Overrides": " ".join(overrides) or "none", "seed": config.seed}
+    values = plain(config)
+    for group in (
+        "estimator",
+        "support",
+        "rollout",
+        "reduction",
+        "mask",
+        "regularizer",
+        "optimizer",
+        "scheduler",
+    ):
+        for name, value in _flat(group, values.get(group) or {}).items():
+            if name.endswith("_target_"):
+                settings[name.removesuffix("/_target_")] = str(value).rsplit(".", 1)[-1]
+            elif not name.endswith("_partial_"):
+                settings[name] = value if isinstance(value, int | float | str | bool) else str(value)
+    chosen = ("prompts_per_collection", "steps_per_collection")
+    settings |= {f"collector/{name}": values["collector"][name] for name in chosen}
+    settings |= {f"{model}/path": values[model]["path"] for model in ("student", "teacher")}
+    return settings | {"trainer/max_steps": values["trainer"]["max_steps"]}
+
+
+def _flat(prefix: str, value: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, inner in value.items():
+        flat |= _flat(f"{prefix}/{name}", inner) if isinstance(inner, dict) else {f"{prefix}/{name}": inner}
+    return flat
 
 
 def teacher_accuracy(run: Run) -> float | None:
