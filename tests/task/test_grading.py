@@ -2,6 +2,7 @@
 
 import pytest
 
+from opd_lightning.task import grading
 from opd_lightning.task.grading import after_thought, grade_answer, last_boxed, normalise
 
 RIGHT = [
@@ -59,6 +60,12 @@ def test_right(response, answer):
 @pytest.mark.parametrize(("response", "answer"), WRONG)
 def test_wrong(response, answer):
     assert grade_answer(response, answer) == 0.0
+
+
+@pytest.mark.parametrize(("response", "answer"), RIGHT)
+def test_right_without_the_optional_package(response, answer, monkeypatch):
+    monkeypatch.setattr(grading, "_math_verify", lambda: None)
+    assert grade_answer(response, answer) == 1.0
 
 
 @pytest.mark.timeout(30)
