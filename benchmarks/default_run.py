@@ -74,8 +74,9 @@ def main() -> None:
     about = [
         f"# Default run, {date.today()}",
         "",
-        f"`OMP_NUM_THREADS={threads} {command}` at commit {git_commit()}, on {cpu()}, Python {platform.python_version()}; "
-        f"load averages at the end {load}. 256 held-out problems; one greedy and one sampled response each.",
+        f"`OMP_NUM_THREADS={threads} {command}` at commit {git_commit()}, on {cpu()}, "
+        f"Python {platform.python_version()}; load averages at the end {load}. "
+        "256 held-out problems; one greedy and one sampled response each.",
         "",
     ]
     text = "\n".join([*about, *header, *rows]) + "\n"

@@ -111,10 +111,18 @@ def plan(config: DictConfig, run: Run, folder: Path) -> str:
             f"teacher   {config.teacher.path} ({millions[1]:.2f} M parameters, frozen)",
             f"objective {names}",
             f"plan      {trainer.max_steps} optimizer steps, {collector.steps_per_collection} on each collection of "
-            f"{responses} responses of at most {rollout.max_new_tokens} tokens",
+            f"{responses} responses of at most {_number(rollout.max_new_tokens)} tokens",
             f"folder    {folder}  (tensorboard --logdir {folder})",
         ]
     )
+
+
+def _number(value: Any) -> str:
+    """Return a number, or what a schedule goes through, for people."""
+    if not isinstance(value, DictConfig):
+        return str(value)
+    steps = ", ".join(f"{name} {inner}" for name, inner in value.items() if name != "_target_")
+    return f"{str(value._target_).rsplit('.', 1)[-1].lower()}({steps})"
 
 
 def train(config: DictConfig, folder: Path, overrides: list[str]) -> dict[str, Any]:
