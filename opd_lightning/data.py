@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import lightning as L
@@ -113,6 +114,23 @@ class OnPolicyData(L.LightningDataModule):
 
         return World(self.trainer.global_rank, self.trainer.world_size, total)
 
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Make the block's tokens count for all ranks: a run's tokens are those of all its processes."""
+        tokens = self.collector.clock.tokens
+        phases = ("generate", "score", "evaluate")
+        before = [tokens[phase] for phase in phases]
+        yield
+        counts = [tokens[phase] - count for phase, count in zip(phases, before, strict=True)]
+        for phase, count, total in zip(phases, before, self.totals(counts), strict=True):
+            tokens[phase] = count + total
+
+    def totals(self, counts: Sequence[int]) -> list[int]:
+        """Return each count summed over the ranks."""
+        assert self.trainer is not None
+        device = self.trainer.strategy.root_device
+        return [int(n) for n in self.world.total(torch.tensor(counts, device=device)).tolist()]
+
     def setup(self, stage: str) -> None:
         """Refuse a world that the prompts cannot be divided over."""
         assert self.trainer is not None
@@ -155,8 +173,9 @@ class ExperienceLoader:
             for step in steps[done % per_collection :]:
                 if trainer.global_step >= trainer.max_steps:
                     return
-                for micro_batch in step:
-                    clock.tokens["train"] += int((micro_batch.share > 0).sum())
+                counts = data.totals([int((micro_batch.share > 0).sum()) for micro_batch in step])
+                for micro_batch, count in zip(step, counts, strict=True):
+                    clock.tokens["train"] += count
                     clock.switch("train")
                     yield micro_batch
                     clock.switch(None)
@@ -168,7 +187,7 @@ class ExperienceLoader:
         training = student.training
         student.eval()
         try:
-            with unsharded(student):
+            with data.counting(), unsharded(student):
                 steps, report = data.collector.collect(
                     student,
                     collection,
@@ -185,25 +204,44 @@ class ExperienceLoader:
         return steps
 
 
+_NO_ANSWER = Graded(
+    correct=torch.zeros(0),
+    lengths=torch.zeros(0, dtype=torch.long),
+    truncated=torch.zeros(0, dtype=torch.bool),
+    group=torch.zeros(0, dtype=torch.long),
+    difficulty=(),
+    prompts=(),
+    texts=(),
+)
+
+
 class GradedLoader:
-    """Yields graded responses to this rank's share of a split."""
+    """Yields graded responses to this rank's share of a split.
+
+    Every rank yields the same number of batches, the last of them empty where its share is short: the
+    ranks meet at each to gather sharded weights, and after all to sum the metrics.
+    """
 
     def __init__(self, data: OnPolicyData, prompts: Prompts, sampling: Sampling, samples: int) -> None:
         world, evaluation = data.world, data.evaluation
         count = len(prompts) if evaluation.problems is None else min(evaluation.problems, len(prompts))
         self.data, self.prompts, self.sampling, self.samples = data, prompts, sampling, samples
         self.rows = range(world.rank, count, world.size)
+        self.longest = -(-count // world.size)
 
     def __len__(self) -> int:
-        return -(-len(self.rows) // self.data.evaluation.batch)
+        return -(-self.longest // self.data.evaluation.batch)
 
     def __iter__(self) -> Iterator[Graded]:
-        with unsharded(self.data.student):
-            yield from self.data.collector.evaluate(
-                self.data.student,
-                self.prompts,
-                self.rows,
-                self.sampling,
-                self.samples,
-                self.data.evaluation.batch,
+        batch = self.data.evaluation.batch
+        for start in range(0, self.longest, batch):
+            yield self._answer(self.rows[start : start + batch])
+
+    def _answer(self, rows: Sequence[int]) -> Graded:
+        # Gathered for each batch: Lightning does not run a loader to its end, where a block around all would close.
+        collector, student = self.data.collector, self.data.student
+        with self.data.counting(), unsharded(student):
+            answers = collector.evaluate(
+                student, self.prompts, rows, self.sampling, self.samples, max(len(rows), 1)
             )
+            return next(answers, _NO_ANSWER)

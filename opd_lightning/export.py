@@ -16,12 +16,18 @@ def save_student(
 ) -> None:
     """Write model, generation config and tokenizer to ``folder`` on the first process.
 
-    Sharded parameters are gathered on every process, so that all must call it.
+    Sharded parameters are gathered by every process, so that all must call it, and held by the first.
     """
     model = module.student.model
-    state = {name: _whole(value) for name, value in model.state_dict().items()}
+    parameters = model.state_dict(keep_vars=True)
+    # Tied names share one parameter: it is gathered once and stays one tensor, which is then written once.
+    whole: dict[Tensor, Tensor] = {}
+    for parameter in dict.fromkeys(parameters.values()):
+        gathered = _whole(parameter)
+        if trainer.is_global_zero:
+            whole[parameter] = gathered
     if trainer.is_global_zero:
-        model.save_pretrained(folder, state_dict=state)
+        model.save_pretrained(folder, state_dict={name: whole[p] for name, p in parameters.items()})
         tokenizer.save_pretrained(folder)
 
 

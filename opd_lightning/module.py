@@ -99,12 +99,13 @@ class OnPolicyDistillation(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log accuracy, length and truncation: ``eval/*`` greedy, ``eval/*_sampled`` at a temperature."""
+        # The metrics were already computed over all ranks; their mean over ranks is what Lightning asks for.
         for metric, suffix in ((self.greedy, ""), (self.sampled, "_sampled")):
             if metric.update_called:
                 values = metric.compute()
-                self.log_dict({f"eval/{key}{suffix}": value for key, value in values.items()})
+                self.log_dict({f"eval/{key}{suffix}": value for key, value in values.items()}, sync_dist=True)
                 if "accuracy" in values and not suffix:
-                    self.log("accuracy", values["accuracy"], prog_bar=True, logger=False)
+                    self.log("accuracy", values["accuracy"], prog_bar=True, logger=False, sync_dist=True)
             metric.reset()
 
     def configure_optimizers(self) -> Any:

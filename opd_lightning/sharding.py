@@ -32,22 +32,26 @@ def shard(scorer: Scorer, mesh: DeviceMesh) -> None:
 
 @contextlib.contextmanager
 def unsharded(scorer: Scorer) -> Iterator[None]:
-    """Hold a scorer's parameters whole inside the block; nothing happens to one that is not sharded.
+    """Hold a scorer's parameters whole inside the block, without gradient; nothing happens to one not sharded.
 
     Generation then gathers once a collection and not once a token. Every rank must enter and leave.
     """
     modules = [m for m in scorer.modules() if isinstance(m, FSDPModule)]
-    if modules:
-        _first_forward(scorer)
-    for module in modules:
-        module.set_reshard_after_forward(False, recurse=False)
-        module.unshard()
-    try:
+    if not modules:
         yield
-    finally:
+        return
+    # Lightning evaluates in inference mode, and what is gathered first in that mode can never be trained.
+    with torch.inference_mode(False), torch.no_grad():
+        _first_forward(scorer)
         for module in modules:
-            module.set_reshard_after_forward(module is not scorer, recurse=False)
-            module.reshard()
+            module.set_reshard_after_forward(False, recurse=False)
+            module.unshard()
+        try:
+            yield
+        finally:
+            for module in modules:
+                module.set_reshard_after_forward(module is not scorer, recurse=False)
+                module.reshard()
 
 
 @torch.no_grad()
