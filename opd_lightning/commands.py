@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
+import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Set
 from pathlib import Path
 from typing import Any
 
+import hydra
 import transformers
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from opd_lightning.errors import ConfigError
+from opd_lightning.overrides import explain
+from opd_lightning.paths import CONF_DIR
 
 
 def build(config: DictConfig, **more: Any) -> Any:
@@ -29,48 +36,108 @@ def build(config: DictConfig, **more: Any) -> Any:
     try:
         return instantiate(config, **more, _convert_="all")
     except InstantiationException as error:
-        cause: BaseException | None = error
-        while cause is not None:
-            if isinstance(cause, ConfigError):
-                raise cause from None
-            if cause.__cause__ is None:
-                break
+        cause: BaseException = error
+        while cause.__cause__ is not None and not isinstance(cause, ConfigError | MissingMandatoryValue):
             cause = cause.__cause__
-        target = config.get("_target_", "a part") if isinstance(config, DictConfig) else "a part"
-        raise ConfigError(f"{target} cannot be built: {cause}") from error
+        if isinstance(cause, ConfigError | MissingMandatoryValue):
+            raise cause from None
+        key, target = config._get_full_key(None), config.get("_target_", "its target")
+        raise ConfigError(
+            f"`{key}` must hold what {target} takes, got settings that it refuses ({cause}); "
+            "`--cfg job` prints them, conf/ explains them"
+        ) from error
 
 
-def refuse_unknown_keys(config: DictConfig, known: set[str]) -> None:
-    """Refuse top-level keys that nothing reads; Hydra lets ``+name=value`` through.
+def refuse_unknown_keys(config: DictConfig, known: Set[str]) -> None:
+    """Refuse keys that nothing reads; Hydra lets ``+name=value`` through.
+
+    Args:
+        config: of a command.
+        known: its top-level keys, and ``"group.key"`` for each key of a group that no constructor checks.
 
     Raises:
-        ConfigError: there is one.
+        ConfigError: there is another.
     """
+    _refuse_others(config, {name for name in known if "." not in name}, "")
+    for group in {name.partition(".")[0] for name in known if "." in name}:
+        inside = {name.partition(".")[2] for name in known if name.startswith(f"{group}.")}
+        _refuse_others(config[group], inside, f"{group}.")
+
+
+def _refuse_others(config: DictConfig, known: Set[str], prefix: str) -> None:
     unknown = sorted(str(key) for key in config if str(key) not in known)
     if unknown:
         raise ConfigError(
-            f"`{unknown[0]}` must be a key of the configuration, got an unknown one; known keys are "
+            f"`{prefix}{unknown[0]}` must be a key of the configuration, got an unknown one; use one of "
             f"{', '.join(sorted(known))} (a preset is experiment=name, without a plus)"
         )
 
 
-def command(main: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
-    """Wrap a Hydra main so that a mistake of the user's leaves one sentence on stderr and exit code 2."""
+def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
+    """Make a function of a configuration a command: Hydra's main for the configuration ``config_name``.
 
-    @functools.wraps(main)
-    def run(config: DictConfig) -> Any:
-        try:
-            return main(config)
-        except (ConfigError, OmegaConfBaseException) as error:
-            text = str(error).strip().splitlines()
-            sentence = text[0] if text else type(error).__name__
-            key = getattr(error, "full_key", None)
-            if key and key not in sentence:
-                sentence = f"`{key}`: {sentence}"
-            print(f"error: {sentence}", file=sys.stderr, flush=True)
-            sys.exit(2)
+    A mistake of the user's, in a setting or in the command line itself, leaves one sentence on stderr and
+    exit code 2. A refused job of a multirun does not keep the others from running. Any other error keeps
+    its traceback, and with HYDRA_FULL_ERROR=1 a broken command line does too.
+    """
 
-    return run
+    def decorate(main: Callable[[DictConfig], Any]) -> Callable[[], None]:
+        @functools.wraps(main)
+        def job(config: DictConfig) -> Any:
+            try:
+                return main(config)
+            except (ConfigError, OmegaConfBaseException) as error:
+                _say(_sentence(error))
+                if HydraConfig.get().mode == RunMode.MULTIRUN:
+                    raise
+                sys.exit(2)
+
+        launch = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(job)
+
+        @functools.wraps(main)
+        def run() -> None:
+            try:
+                with _full_error() as wanted:
+                    launch()
+            except (ConfigError, OmegaConfBaseException):
+                sys.exit(2)  # a job of a multirun, which has said why
+            except Exception as error:
+                sentence = None if wanted else explain(error, config_name, sys.argv[1:])
+                if sentence is None:
+                    raise
+                _say(sentence)
+                sys.exit(2)
+
+        return run
+
+    return decorate
+
+
+@contextlib.contextmanager
+def _full_error() -> Iterator[bool]:
+    """Have Hydra raise its errors in place of printing them, and say whether the user wanted that anyway."""
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield before == "1"
+    finally:
+        del os.environ["HYDRA_FULL_ERROR"]
+        if before is not None:
+            os.environ["HYDRA_FULL_ERROR"] = before
+
+
+def _say(sentence: str) -> None:
+    print(f"error: {sentence}", file=sys.stderr, flush=True)
+
+
+def _sentence(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    key = getattr(error, "full_key", None)
+    if isinstance(error, MissingMandatoryValue):
+        return f"`{key}` must be given, got nothing; add {key}=…"
+    if isinstance(error, OmegaConfBaseException):
+        text = str(error).strip().splitlines()[0]
+    return text if not key or key in text else f"`{key}`: {text}"
 
 
 def git_commit() -> str | None:

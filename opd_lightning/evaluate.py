@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
@@ -18,13 +17,13 @@ from opd_lightning.commands import build, command, git_commit, quiet, refuse_unk
 from opd_lightning.diagnostics.responses import GroupedResponseMetrics
 from opd_lightning.errors import require
 from opd_lightning.models import load_model, load_tokenizer, stop_ids
-from opd_lightning.paths import CONF_DIR
 from opd_lightning.prompts import Prompts
 from opd_lightning.types import Sampling
 
 KEYS = {
     *("task", "student", "engine", "split", "problems", "temperature", "samples", "top_p", "top_k", "min_p"),
     *("max_new_tokens", "max_prompt_tokens", "long_prompts", "batch", "seed", "accelerator"),
+    *("student.path", "student.dtype"),
 }
 
 
@@ -119,8 +118,7 @@ def _cell(name: str, value: float | None) -> str:
     return f"{value:.1f}" if name in ("length", "responses") else f"{value:.1%}"
 
 
-@hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="evaluate")
-@command
+@command("evaluate")
 def main(config: DictConfig) -> float | None:
     """Command line entry; returns the accuracy for Hydra sweepers."""
     quiet()

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
 from omegaconf import DictConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -17,7 +16,6 @@ from opd_lightning.collector import respond_and_grade
 from opd_lightning.commands import build, command, plain, refuse_unknown_keys
 from opd_lightning.diagnostics.responses import GroupedResponseMetrics
 from opd_lightning.errors import require
-from opd_lightning.paths import CONF_DIR
 from opd_lightning.prompts import Prompts
 from opd_lightning.seeds import mix
 from opd_lightning.task.pretrain import Phase, Progress, Size, new_model, pretrain, save
@@ -114,8 +112,7 @@ def check(
     return {name: {k: float(v) for k, v in values.items()} for name, values in metrics.compute().items()}
 
 
-@hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="make_task")
-@command
+@command("make_task")
 def main(config: DictConfig) -> None:
     """Command line entry."""
     make(config)

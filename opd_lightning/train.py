@@ -7,10 +7,10 @@ import logging
 import resource
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import hydra
 import lightning as L
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -23,7 +23,6 @@ from opd_lightning.diagnostics.responses import ResponseMetrics
 from opd_lightning.errors import ConfigError, require
 from opd_lightning.export import save_student
 from opd_lightning.objective import Objective
-from opd_lightning.paths import CONF_DIR
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +30,9 @@ KEYS = {
     *("task", "student", "teacher", "engine", "rollout", "support", "estimator", "divergence", "reward"),
     *("regularizer", "mask", "reduction", "collector", "evaluation", "optimizer", "scheduler", "trainer"),
     *("strategy", "logger", "callbacks", "seed"),
+    *("student.path", "student.dtype"),
+    *("evaluation.split", "evaluation.every_steps", "evaluation.settings", "evaluation.teacher"),
+    *(f"collector.{field.name}" for field in fields(CollectorSettings)),
 }
 
 
@@ -266,8 +268,7 @@ def closing(summary: dict[str, Any], folder: Path) -> str:
     return "\n".join(lines)
 
 
-@hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="train")
-@command
+@command("train")
 def main(config: DictConfig) -> float | None:
     """Command line entry; returns the accuracy after training for Hydra sweepers."""
     quiet()
