@@ -123,7 +123,7 @@ def _number(value: Any) -> str:
     """Return a number, or what a schedule goes through, for people."""
     if not isinstance(value, DictConfig):
         return str(value)
-    steps = ", ".join(f"{name} {inner}" for name, inner in value.items() if name != "_target_")
+    steps = ", ".join(f"{name!s} {inner}" for name, inner in value.items() if name != "_target_")
     return f"{str(value._target_).rsplit('.', 1)[-1].lower()}({steps})"
 
 
