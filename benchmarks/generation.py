@@ -77,7 +77,7 @@ def library(model: Any, prompts: PromptBatch, sampling: Sampling) -> int:
 
 def engine(batch_size: int, method: str) -> Callable[[PreTrainedModel, PromptBatch, Sampling], int]:
     def run(model: PreTrainedModel, prompts: PromptBatch, sampling: Sampling) -> int:
-        chosen = TransformersEngine(batch_size=batch_size, method=method)  # type: ignore[arg-type]
+        chosen = TransformersEngine(batch_size=batch_size, method=method)
         generation: Generation = chosen.generate(model, prompts, sampling)
         return int(generation.mask.sum())
 

@@ -107,7 +107,8 @@ class Decoder:
         cache = KeyValueCache(
             len(self.layers), batch, self.kv_heads, self.head_dim, prompt + budget, like=like
         )
-        # A padding token may look at itself: a row of -inf alone would give nan, which 0 * nan spreads.
+        # A padding token may look at itself: with nothing to look at, some attention kernels give it nan,
+        # and a zero weight times nan is nan in every other row.
         causal = torch.ones(prompt, prompt, dtype=torch.bool, device=ids.device).tril()
         allowed = causal & mask[:, None, None, :] | torch.eye(prompt, dtype=torch.bool, device=ids.device)
         cache.open(prompt)

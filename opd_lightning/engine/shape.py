@@ -28,6 +28,7 @@ _FAMILIES: tuple[type[nn.Module], ...] = (
 )
 _ROTARY = {"default", "linear", "llama3", "yarn"}
 """Rotary embeddings whose angles do not depend on how long the sequence has become."""
+_PLAIN = (nn.Linear, nn.Embedding)
 
 _agreement: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
@@ -97,10 +98,7 @@ def _untouched(model: nn.Module) -> bool:
         if "forward" in vars(module) or (hooked and not isinstance(module, FSDPModule)):
             return False
         # A subclass of a linear layer or an embedding computes something else: adapter, quantiser, parametrization.
-        if isinstance(module, nn.Linear | nn.Embedding) and _own_class(module) not in (
-            nn.Linear,
-            nn.Embedding,
-        ):
+        if isinstance(module, _PLAIN) and _own_class(module) not in _PLAIN:
             return False
     body = model.get_submodule("model")
     layer = next(iter(body.get_submodule("layers").children()))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -18,7 +17,7 @@ from opd_lightning.engine.shape import agrees, supports
 from opd_lightning.errors import ConfigError, require
 from opd_lightning.types import Generation, PromptBatch, Sampling
 
-Method = Literal["auto", "loop", "generate"]
+_METHODS = ("auto", "loop", "generate")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,13 +31,12 @@ class TransformersEngine:
     """
 
     batch_size: int = 128
-    method: Method = "auto"
+    method: str = "auto"
 
     def __post_init__(self) -> None:
         """Raise ConfigError for a field out of range."""
         require(self.batch_size >= 1, "engine.batch_size", "be at least 1", self.batch_size, "raise it")
-        names = ("auto", "loop", "generate")
-        require(self.method in names, "engine.method", f"be one of {names}", self.method, "use auto")
+        require(self.method in _METHODS, "engine.method", f"be one of {_METHODS}", self.method, "use auto")
 
     @torch.no_grad()
     def generate(self, model: PreTrainedModel, prompts: PromptBatch, sampling: Sampling) -> Generation:

@@ -8,6 +8,7 @@ from torch import distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.nn import functional as F
 
 from opd_lightning.engine.cache import survivors
 from opd_lightning.engine.decoder import read
@@ -103,6 +104,20 @@ def test_the_comparison_holds_in_every_precision(mode, lengths, make):
         decoder = read(model)
         assert agrees(model, decoder, prompts.ids, prompts.mask)
         assert TransformersEngine(method="loop").generate(model, prompts, GREEDY).ids.shape[1] == 8
+
+
+def test_every_query_may_look_at_something(make, prompts, monkeypatch):
+    attend, masks = F.scaled_dot_product_attention, []
+
+    def spy(*args, attn_mask=None):
+        masks.append(attn_mask)
+        return attend(*args, attn_mask=attn_mask)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    with torch.no_grad():
+        read(make("qwen2")).prefill(prompts.ids, prompts.mask, 1)
+    # Some kernels answer a query without any key with nan, which reaches every row through 0 * nan.
+    assert all(mask.any(-1).all() for mask in masks)
 
 
 def test_survivors_moves_the_last_rows_into_the_gaps():
