@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tiny_model
+from tiny import tiny_model
 
 from opd_lightning.collector import Collector, World
 from opd_lightning.divergence.reverse_kl import ReverseKL

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import VOCAB, random_rollout, tiny_model
+from tiny import VOCAB, random_rollout, tiny_model
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import random_experience, tiny_model
+from tiny import random_experience, tiny_model
 
 from opd_lightning.buffer import empty, micro_batches
 from opd_lightning.divergence.reverse_kl import ReverseKL
