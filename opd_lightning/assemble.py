@@ -12,9 +12,17 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from opd_lightning.collector import Collector
+from opd_lightning.collector import Collector, check_sizes
 from opd_lightning.data import Evaluation, OnPolicyData
-from opd_lightning.models import load_model, load_tokenizer, shared_vocabulary, stop_ids, vocabulary_width
+from opd_lightning.errors import require
+from opd_lightning.models import (
+    check_dtype,
+    load_model,
+    load_tokenizer,
+    shared_vocabulary,
+    stop_ids,
+    vocabulary_width,
+)
 from opd_lightning.module import OnPolicyDistillation
 from opd_lightning.objective import Objective
 from opd_lightning.prompts import Prompts
@@ -35,6 +43,9 @@ class CollectorSettings:
     probe_rows: int
     max_prompt_tokens: int
     long_prompts: Literal["drop", "refuse"]
+
+    def __post_init__(self) -> None:
+        check_sizes(self.prompts_per_collection, self.steps_per_collection, self.score_rows, self.probe_rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,12 +79,16 @@ def assemble(
     Raises:
         ConfigError: anything that cannot work, before a weight is read wherever possible.
     """
+    check_dtype(student_dtype, "student.dtype")
+    check_dtype(teacher.dtype, "teacher.dtype")
     tokenizer = load_tokenizer(student_path, "student.path")
     vocab = shared_vocabulary(
         tokenizer,
         load_tokenizer(teacher.path, "teacher.path"),
         (vocabulary_width(student_path, "student.path"), vocabulary_width(teacher.path, "teacher.path")),
     )
+    most = max(objective.needs.teacher_top, objective.needs.student_top)
+    require(most <= vocab, "support.k", f"be at most the vocabulary's {vocab} ids", most, "use support=full")
     objective = replace(
         objective,
         masks={k: m.bind(tokenizer) if hasattr(m, "bind") else m for k, m in objective.masks.items()},

@@ -43,6 +43,29 @@ class World:
     total: Callable[[Tensor], Tensor] = field(default=lambda tensor: tensor)
 
 
+def check_sizes(
+    prompts_per_collection: int, steps_per_collection: int, score_rows: int, probe_rows: int
+) -> None:
+    """Raise ConfigError unless the sizes of a collection fit together; needs no model."""
+    least = {
+        "steps_per_collection": (steps_per_collection, 1, "use 1 to train on each response once"),
+        "score_rows": (score_rows, 1, "use 32"),
+        "probe_rows": (probe_rows, 0, "use 0 for no probe"),
+        "prompts_per_collection": (prompts_per_collection, 1, f"use {steps_per_collection}"),
+    }
+    for name, (value, low, remedy) in least.items():
+        whole = isinstance(value, int) and value >= low
+        require(whole, f"collector.{name}", f"be a whole number of at least {low}", value, remedy)
+    per_step, rest = divmod(prompts_per_collection, steps_per_collection)
+    require(
+        rest == 0,
+        "collector.prompts_per_collection",
+        f"be a multiple of collector.steps_per_collection={steps_per_collection}",
+        prompts_per_collection,
+        f"use {(per_step + 1) * steps_per_collection}, since each optimizer step takes as many prompts",
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Collector:
     """Generates responses, has them scored, selects the support and cuts the result for training.
@@ -80,29 +103,7 @@ class Collector:
     clock: PhaseClock = field(default_factory=PhaseClock)
 
     def __post_init__(self) -> None:
-        require(
-            self.prompts_per_collection >= 1
-            and self.prompts_per_collection % max(self.steps_per_collection, 1) == 0,
-            "collector.prompts_per_collection",
-            f"be a positive multiple of collector.steps_per_collection={self.steps_per_collection}",
-            self.prompts_per_collection,
-            "each optimizer step takes the same number of prompts",
-        )
-        require(
-            self.steps_per_collection >= 1,
-            "collector.steps_per_collection",
-            "be at least 1",
-            self.steps_per_collection,
-            "use 1 to train on each response once",
-        )
-        require(self.score_rows >= 1, "collector.score_rows", "be at least 1", self.score_rows, "use 32")
-        require(
-            self.probe_rows >= 0,
-            "collector.probe_rows",
-            "be at least 0",
-            self.probe_rows,
-            "use 0 for no probe",
-        )
+        check_sizes(self.prompts_per_collection, self.steps_per_collection, self.score_rows, self.probe_rows)
 
     def check_world(self, size: int) -> None:
         """Refuse a number of processes that the prompts of an optimizer step cannot be divided by."""

@@ -22,7 +22,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from opd_lightning.errors import ConfigError
+from opd_lightning.errors import ConfigError, require
 from opd_lightning.overrides import explain
 from opd_lightning.paths import CONF_DIR
 
@@ -41,11 +41,21 @@ def build(config: DictConfig, **more: Any) -> Any:
             cause = cause.__cause__
         if isinstance(cause, ConfigError | MissingMandatoryValue):
             raise cause from None
-        key, target = config._get_full_key(None), config.get("_target_", "its target")
-        raise ConfigError(
-            f"`{key}` must hold what {target} takes, got settings that it refuses ({cause}); "
-            "`--cfg job` prints them, conf/ explains them"
-        ) from error
+        raise refused(config, cause) from error
+
+
+def refused(config: DictConfig, cause: BaseException) -> ConfigError:
+    """Return the error of a part whose class does not take its settings."""
+    return ConfigError(
+        f"`{config._get_full_key(None)}` must hold what {config.get('_target_')} takes, got settings that it refuses "
+        f"({cause}); correct them (`--cfg job` prints them)"
+    )
+
+
+def check_seed(seed: Any) -> None:
+    """Refuse a seed that a random number generator would not take."""
+    whole = isinstance(seed, int) and not isinstance(seed, bool)
+    require(whole and 0 <= seed < 2**32, "seed", "be a whole number in [0, 2**32)", seed, "use 0")
 
 
 def refuse_unknown_keys(config: DictConfig, known: Set[str]) -> None:

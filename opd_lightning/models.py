@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from opd_lightning.errors import ConfigError
+from opd_lightning.errors import ConfigError, require
 from opd_lightning.paths import model_path
 
 _PROBES = (
@@ -16,6 +17,9 @@ _PROBES = (
     "Zoë said:\n\t“naïve”  \\frac{1}{2}",
     "数学 def f(x): return x**2",
 )
+
+# What transformers raises for a path, a file or a library that is not what it should be.
+_UNLOADABLE = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 
 
 def load_model(path: str, field: str, dtype: str = "float32") -> PreTrainedModel:
@@ -27,11 +31,12 @@ def load_model(path: str, field: str, dtype: str = "float32") -> PreTrainedModel
         ConfigError: nothing that transformers can load lies there.
     """
     _check_folder(path, field)
+    check_dtype(dtype, field.replace("path", "dtype"))
     try:
         model = AutoModelForCausalLM.from_pretrained(
             model_path(path), dtype=getattr(torch, dtype), use_safetensors=True
         )
-    except (OSError, ValueError, KeyError) as error:
+    except _UNLOADABLE as error:
         raise ConfigError(_sentence(path, field, error)) from error
     return model
 
@@ -41,7 +46,7 @@ def vocabulary_width(path: str, field: str) -> int:
     _check_folder(path, field)
     try:
         config = AutoConfig.from_pretrained(model_path(path))
-    except (OSError, ValueError, KeyError) as error:
+    except _UNLOADABLE as error:
         raise ConfigError(_sentence(path, field, error)) from error
     return int(config.get_text_config().vocab_size)
 
@@ -55,8 +60,19 @@ def load_tokenizer(path: str, field: str) -> PreTrainedTokenizerBase:
     _check_folder(path, field)
     try:
         return AutoTokenizer.from_pretrained(model_path(path))
-    except (OSError, ValueError, KeyError) as error:
+    except _UNLOADABLE as error:
         raise ConfigError(_sentence(path, field, error, "tokenizer")) from error
+
+
+def check_dtype(dtype: str, field: str) -> None:
+    """Refuse a name that is no floating-point type of torch.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) else None
+    floating = isinstance(named, torch.dtype) and named.is_floating_point
+    require(floating, field, "name a floating-point type of torch", dtype, "use float32 or bfloat16")
 
 
 def _check_folder(path: str, field: str) -> None:
@@ -71,7 +87,10 @@ def _check_folder(path: str, field: str) -> None:
 
 def _sentence(path: str, field: str, error: Exception, what: str = "causal language model") -> str:
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return f"`{field}` must name a {what} that transformers can load, got {path!r}; it says: {first}"
+    return (
+        f"`{field}` must name a {what} that transformers can load, got {path!r}; give a folder with config.json and "
+        f"safetensors, or a hub name that this machine can reach or has cached (transformers says: {first})"
+    )
 
 
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

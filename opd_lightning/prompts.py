@@ -31,6 +31,7 @@ class Prompts:
         max_tokens: the longest prompt, in tokens.
         long: ``"drop"`` leaves longer prompts out and says how many, ``"refuse"`` stops the run.
         seed: of the order and of the rollouts' seeds.
+        group: of the settings ``max_prompt_tokens`` and ``long_prompts``, for errors to name.
 
     Raises:
         ConfigError: a prompt over the limit with ``"refuse"``, or none left with ``"drop"``.
@@ -41,15 +42,20 @@ class Prompts:
     max_tokens: int
     long: Literal["drop", "refuse"]
     seed: int
+    group: str = "collector."
     kept: Sequence[int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         require(
-            self.max_tokens >= 1, "collector.max_prompt_tokens", "be at least 1", self.max_tokens, "use 1024"
+            isinstance(self.max_tokens, int) and self.max_tokens >= 1,
+            f"{self.group}max_prompt_tokens",
+            "be a whole number of at least 1",
+            self.max_tokens,
+            "use 1024",
         )
         require(
             self.long in ("drop", "refuse"),
-            "collector.long_prompts",
+            f"{self.group}long_prompts",
             "be drop or refuse",
             self.long,
             "use drop",
@@ -59,16 +65,17 @@ class Prompts:
             lengths = [len(self.encode(problem)) for problem in self.problems]
             kept = [i for i, n in enumerate(lengths) if n <= self.max_tokens]
             if dropped := len(lengths) - len(kept):
-                self._report(dropped, max(lengths), self.long == "refuse" or not kept)
+                self._report(dropped, len(lengths), max(lengths), self.long == "refuse" or not kept)
         object.__setattr__(self, "kept", kept)
 
-    def _report(self, dropped: int, longest: int, refuse: bool) -> None:
-        remedy = f"raise collector.max_prompt_tokens to {longest}"
-        share = f"{dropped} of {len(self.problems)} prompts are longer than {self.max_tokens} tokens"
+    def _report(self, dropped: int, of: int, longest: int, refuse: bool) -> None:
+        remedy = f"raise {self.group}max_prompt_tokens to {longest}"
+        share = f"{dropped} of {of} prompts are longer than {self.max_tokens} tokens"
         if refuse:
+            drop = f" or set {self.group}long_prompts=drop" if self.long == "refuse" and dropped < of else ""
             raise ConfigError(
-                f"`collector.max_prompt_tokens` must cover the prompts, but {share} (longest {longest}); {remedy}"
-                " or set collector.long_prompts=drop"
+                f"`{self.group}max_prompt_tokens` must cover the prompts, got {self.max_tokens}: {share} "
+                f"(the longest has {longest}); {remedy}{drop}"
             )
         log.warning("%s and are left out; %s to keep them", share, remedy)
 
@@ -109,7 +116,8 @@ class Prompts:
         longest = max(map(len, encoded))
         if longest > self.max_tokens:
             # Only a generated split comes here: it cannot be searched for long prompts beforehand.
-            self._report(sum(len(ids) > self.max_tokens for ids in encoded), longest, refuse=True)
+            long = sum(len(ids) > self.max_tokens for ids in encoded)
+            self._report(long, len(encoded), longest, refuse=True)
         ids = torch.zeros(len(encoded), longest, dtype=torch.long)
         mask = torch.zeros(len(encoded), longest, dtype=torch.bool)
         for row, prompt in enumerate(encoded):

@@ -12,13 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from opd_lightning.assemble import CollectorSettings, Run, assemble
 from opd_lightning.callbacks.history import EvaluationHistory
-from opd_lightning.commands import build, command, git_commit, plain, quiet, refuse_unknown_keys
+from opd_lightning.commands import (
+    build,
+    check_seed,
+    command,
+    git_commit,
+    plain,
+    quiet,
+    refuse_unknown_keys,
+    refused,
+)
 from opd_lightning.diagnostics.responses import ResponseMetrics
 from opd_lightning.errors import ConfigError, require
 from opd_lightning.export import save_student
@@ -58,7 +68,7 @@ def run_from(config: DictConfig) -> Run:
         engine=build(config.engine),
         collector=CollectorSettings(**plain(config.collector)),
         evaluation=build(config.evaluation.settings),
-        optimizer=build(config.optimizer),
+        optimizer=optimizer_from(config),
         scheduler=build(config.scheduler),
         task=build(config.task),
         teacher=build(config.teacher),
@@ -67,6 +77,16 @@ def run_from(config: DictConfig) -> Run:
         split=config.evaluation.split,
         seed=config.seed,
     )
+
+
+def optimizer_from(config: DictConfig) -> Any:
+    """Build the optimizer's constructor, tried on two parameters so that a bad number fails before models load."""
+    make = build(config.optimizer)
+    try:
+        make([torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(1, 1))])
+    except (TypeError, ValueError) as error:
+        raise refused(config.optimizer, error) from error
+    return make
 
 
 def trainer_from(config: DictConfig, history: EvaluationHistory, folder: Path) -> L.Trainer:
@@ -80,7 +100,21 @@ def trainer_from(config: DictConfig, history: EvaluationHistory, folder: Path) -
         planned,
         "use 240",
     )
+    require(
+        isinstance(accumulate, int) and accumulate >= 1,
+        "trainer.accumulate_grad_batches",
+        "be at least 1",
+        accumulate,
+        "use 1 for no accumulation",
+    )
     every = config.evaluation.every_steps
+    require(
+        every is None or (isinstance(every, int) and every >= 1),
+        "evaluation.every_steps",
+        "be at least 1 optimizer step",
+        every,
+        "use null to evaluate before and after training only",
+    )
     evaluates = every is not None and every < planned
     callbacks = [build(part) for name, part in (config.get("callbacks") or {}).items()]
     if not settings["enable_progress_bar"]:
@@ -135,10 +169,11 @@ def train(config: DictConfig, folder: Path, overrides: list[str]) -> dict[str, A
     """
     begun = time.perf_counter()
     refuse_unknown_keys(config, KEYS)
+    check_seed(config.seed)
     L.seed_everything(config.seed, verbose=False)
-    run = run_from(config)
     history = EvaluationHistory()
     trainer = trainer_from(config, history, folder)
+    run = run_from(config)
     if trainer.is_global_zero:
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(config, folder / "config.yaml", resolve=True)
