@@ -7,13 +7,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
 from opd_lightning.collector import respond_and_grade
-from opd_lightning.commands import build, command, git_commit, quiet, refuse_unknown_keys
+from opd_lightning.commands import build, check_seed, command, git_commit, quiet, refuse_unknown_keys
 from opd_lightning.diagnostics.responses import GroupedResponseMetrics
 from opd_lightning.errors import require
 from opd_lightning.models import load_model, load_tokenizer, stop_ids
@@ -51,6 +52,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
         max_tokens=config.max_prompt_tokens,
         long=config.long_prompts,
         seed=config.seed,
+        group="",
     )
     model = load_model(config.student.path, "student.path", config.student.dtype).to(config.accelerator)  # type: ignore[arg-type]
     sampling = Sampling(
@@ -82,14 +84,30 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
 
 
 def _check(config: DictConfig) -> None:
-    positive = config.problems is None or config.problems >= 1
-    require(positive, "problems", "be at least 1", config.problems, "use null for all")
-    require(config.samples >= 1, "samples", "be at least 1", config.samples, "use 1")
+    """Refuse a number out of its range, before a model is loaded."""
+    check_seed(config.seed)
+    for name in ("problems", "samples", "max_new_tokens", "batch"):
+        value = config[name]
+        whole = (isinstance(value, int) and value >= 1) or (name == "problems" and value is None)
+        remedy = "use null for all" if name == "problems" else "raise it"
+        require(whole, name, "be a whole number of at least 1", value, remedy)
+    ranges = {
+        "temperature": (0, float("inf"), "use 0 for greedy responses"),
+        "top_p": (1e-9, 1, "use 1 to keep every token"),
+        "top_k": (0, float("inf"), "use 0 to keep every token"),
+        "min_p": (0, 1, "use 0 to keep every token"),
+    }
+    for name, (low, high, remedy) in ranges.items():
+        value = config[name]
+        number = isinstance(value, int | float) and low <= value <= high
+        require(number, name, f"be a number from {low:.0f} to {high}", value, remedy)
     greedy_once = config.temperature > 0 or config.samples == 1
     require(
         greedy_once, "samples", "be 1 for greedy responses", config.samples, "set temperature=1.0 to sample"
     )
-    require(config.batch >= 1, "batch", "be at least 1", config.batch, "use 64")
+    known = {"cpu": True, "cuda": torch.cuda.is_available()}
+    there = known.get(config.accelerator, False)
+    require(there, "accelerator", "be cpu, or cuda where there is a GPU", config.accelerator, "use cpu")
 
 
 def _floats(values: dict[str, Any]) -> dict[str, float]:
