@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_DISABLE_PROGRESS_BARS ?= 1
 
-.PHONY: setup setup-dev train test test-slow lint notebook clean
+.PHONY: setup setup-dev train test test-slow test-shapes lint clean
 
 setup: $(VENV)/.ready
 setup-dev: $(VENV)/.ready-dev
@@ -32,6 +32,9 @@ test-slow: setup-dev  ## whole runs, notebooks, the wheel, two processes
 
 notebook: setup-dev  ## run the notebook and keep what it shows
 	$(BIN)/jupyter-execute --inplace notebooks/quickstart.ipynb
+
+test-shapes: setup-dev  ## unit tests with every annotated shape checked at run time
+	$(BIN)/python -m pytest tests/*.py tests/functional tests/parts --jaxtyping-packages=opd_lightning,shapes.check $(ARGS)
 
 lint: setup-dev
 	$(BIN)/ruff format --check .

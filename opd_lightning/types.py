@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
-from typing import Any, Literal, Self
+from typing import Any, Literal, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -56,18 +56,22 @@ class Problem:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
+# A type variable in place of Self, which run-time shape checking in the tests cannot read.
+Value = TypeVar("Value", bound="TensorValue")
+
+
 class TensorValue:
     """Shared behaviour of the frozen dataclasses below: move to a device, pick rows."""
 
-    def to(self, device: torch.device | str, **kwargs: Any) -> Self:
+    def to(self: Value, device: torch.device | str, **kwargs: Any) -> Value:
         """Return the same value with every tensor on ``device``."""
         return self._map(lambda t: t.to(device, **kwargs))
 
-    def rows(self, index: Tensor | slice | list[int]) -> Self:
+    def rows(self: Value, index: Tensor | slice | list[int]) -> Value:
         """Return the rows ``index`` of every batched field."""
         return self._map(lambda t: t[index], index)
 
-    def _map(self, change: Any, index: Any = None) -> Self:
+    def _map(self: Value, change: Any, index: Any = None) -> Value:
         changed: dict[str, Any] = {}
         for f in fields(self):  # type: ignore[arg-type]
             value = getattr(self, f.name)

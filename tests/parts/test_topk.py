@@ -28,7 +28,7 @@ def make(student=(0.4, 0.2, 0.3), teacher=(0.1, 0.6, 0.2), valid=(True, True, Fa
         rollout=make_rollout(torch.ones_like(mask, dtype=torch.long), mask, **changed),
         share=torch.ones(mask.shape),
         support_ids=torch.arange(shape[-1]).expand(shape),
-        support_valid=torch.tensor(valid).expand(shape),
+        support_valid=torch.tensor(valid, dtype=torch.bool).expand(shape),
         support_teacher_logp=torch.tensor(teacher, dtype=torch.float64).log().expand(shape),
     )
     return Scores(support_logp=student), experience
