@@ -34,7 +34,7 @@ notebook: setup-dev  ## run the notebook and keep what it shows
 	$(BIN)/jupyter-execute --inplace notebooks/quickstart.ipynb
 
 test-shapes: setup-dev  ## unit tests with every annotated shape checked at run time
-	$(BIN)/python -m pytest tests/*.py tests/functional tests/parts --jaxtyping-packages=opd_lightning,shapes.check $(ARGS)
+	$(BIN)/python -m pytest tests/test_*.py tests/functional tests/parts --jaxtyping-packages=opd_lightning,shapes.check $(ARGS)
 
 lint: setup-dev
 	$(BIN)/ruff format --check .
