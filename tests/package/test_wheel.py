@@ -26,7 +26,7 @@ def run(*words: str | Path, cwd: Path, **variables: str) -> str:
     done = subprocess.run(
         [str(word) for word in words],
         cwd=cwd,
-        env=environment | variables,
+        env=environment | {"OMP_NUM_THREADS": "1"} | variables,
         capture_output=True,
         text=True,
     )
