@@ -103,7 +103,7 @@ def assemble(
     student.train()
     frozen = teacher.load(vocab)
     if objective.want.full:
-        student.set_full_target(frozen.scorer.head, objective.estimator.divergence)  # type: ignore[attr-defined]
+        student.set_full_target(frozen.scorer, objective.estimator.divergence)  # type: ignore[attr-defined]
     collecting = Collector(
         task=task,
         prompts=training,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import lightning as L
 import torch
@@ -17,6 +18,15 @@ from opd_lightning.prompts import Prompts
 from opd_lightning.scorer import Scorer
 from opd_lightning.sharding import unsharded
 from opd_lightning.types import Experience, Graded, Sampling
+
+
+@runtime_checkable
+class Movable(Protocol):
+    """A teacher whose weights lie in this process."""
+
+    def to(self, device: torch.device) -> object:
+        """Move the weights to ``device``."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,22 +53,26 @@ class Evaluation:
     def __post_init__(self) -> None:
         require(
             self.problems is None or self.problems >= 1,
-            "evaluation.problems",
+            "evaluation.settings.problems",
             "be at least 1",
             self.problems,
             "use null for all",
         )
         require(
             self.max_new_tokens >= 1,
-            "evaluation.max_new_tokens",
+            "evaluation.settings.max_new_tokens",
             "be at least 1",
             self.max_new_tokens,
             "use 128",
         )
         require(
-            self.samples >= 0, "evaluation.samples", "be at least 0", self.samples, "use 0 for greedy only"
+            self.samples >= 0,
+            "evaluation.settings.samples",
+            "be at least 0",
+            self.samples,
+            "use 0 for greedy only",
         )
-        require(self.batch >= 1, "evaluation.batch", "be at least 1", self.batch, "use 64")
+        require(self.batch >= 1, "evaluation.settings.batch", "be at least 1", self.batch, "use 64")
 
     def modes(self) -> list[tuple[Sampling, int]]:
         """Return the sampling and samples a problem of each evaluation: greedy, then sampled."""
@@ -132,9 +146,11 @@ class OnPolicyData(L.LightningDataModule):
         return [int(n) for n in self.world.total(torch.tensor(counts, device=device)).tolist()]
 
     def setup(self, stage: str) -> None:
-        """Refuse a world that the prompts cannot be divided over."""
+        """Refuse a world that the prompts cannot be divided over, and bring the teacher to this device."""
         assert self.trainer is not None
         self.collector.check_world(self.trainer.world_size)
+        if isinstance(self.collector.teacher, Movable):
+            self.collector.teacher.to(self.trainer.strategy.root_device)
 
     def train_dataloader(self) -> ExperienceLoader:
         """Return the loader of experience."""

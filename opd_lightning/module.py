@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -48,7 +47,7 @@ class OnPolicyDistillation(L.LightningModule):
         self.make_optimizer = optimizer
         self.make_scheduler = scheduler
         self.greedy, self.sampled = ResponseMetrics(), ResponseMetrics()
-        self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
+        self._sums: dict[str, Tensor] = {}
         self._sharded = False
 
     def configure_model(self) -> None:
@@ -67,10 +66,10 @@ class OnPolicyDistillation(L.LightningModule):
             experience.teacher_hidden,
         )
         loss, metrics = self.objective.loss(scores, experience, experience.progress)
-        self._sums["train/loss"] += loss.detach()
-        for name, part in metrics.items():
-            self._sums[f"train/{name}"] += part
-        self._sums["train/tokens"] += (experience.share > 0).sum()
+        tokens = (experience.share > 0).sum().to(loss.dtype)
+        parts = {"loss": loss.detach(), **metrics, "tokens": tokens}
+        for name, part in parts.items():
+            self._sums[f"train/{name}"] = self._sums.get(f"train/{name}", torch.zeros_like(part)) + part
         return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:

@@ -40,8 +40,11 @@ def explain(error: Exception, config_name: str, arguments: Sequence[str]) -> str
         return unknown_key(found[1], config_name)
     if found := re.search(r"(?:Multiple values for|already at) '?([\w./]+?)'?[.\s]", text):
         return f"`{found[1]}` must be set without a plus, got +{found[1]}=…; write {found[1]}=… instead"
-    if found := re.search(r"Sweep parameters '([^']+)' requires --multirun", text):
-        return f"several values need a multirun, got {found[1]!r}; write -m right after the module's name"
+    if found := re.search(r"(?:Sweep parameters|Ambiguous value for argument) '([^']+)'", text):
+        return (
+            f"several values need a multirun, got {found[1]!r}; write -m right after the module's name, "
+            "or key=[a,b] for a list"
+        )
     return f"{_first_line(text)}; `--cfg job` prints the configuration"
 
 

@@ -40,9 +40,8 @@ class Scorer(nn.Module):
         config = model.config.get_text_config()
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self.logit_scale: float = _logit_scale(config)
-        self._full_target: tuple[heads.Head, Divergence] | None
-        # The head of the other model for the full-vocabulary divergence; a plain attribute of no
-        # registered module, so that no teacher weight reaches an optimizer or a checkpoint.
+        # The other model, for the full-vocabulary divergence; a plain attribute and no registered module,
+        # so that no teacher weight reaches an optimizer or a checkpoint.
         self.__dict__["_full_target"] = None
 
     @property
@@ -62,9 +61,9 @@ class Scorer(nn.Module):
             scale=self.logit_scale,
         )
 
-    def set_full_target(self, head: heads.Head, divergence: Divergence) -> None:
-        """Give the frozen teacher head and the divergence that ``Want.full`` evaluates."""
-        self.__dict__["_full_target"] = (head, divergence)
+    def set_full_target(self, teacher: Scorer, divergence: Divergence) -> None:
+        """Give the frozen teacher, whose head ``Want.full`` reads where it is by then, and the divergence."""
+        self.__dict__["_full_target"] = (teacher, divergence)
 
     def forward(
         self,
@@ -89,9 +88,8 @@ class Scorer(nn.Module):
             scores |= self._exact(hidden, tokens, want, support_ids)
         if want.full:
             assert teacher_hidden is not None
-            assert self._full_target is not None
-            target, divergence = self._full_target
-            value = heads.full(hidden, self.head, teacher_hidden[mask], target, divergence, self.chunk)
+            teacher, divergence = self.__dict__["_full_target"]
+            value = heads.full(hidden, self.head, teacher_hidden[mask], teacher.head, divergence, self.chunk)
             scores["divergence"] = _fill(value, mask)
         if want.hidden:
             scores["hidden"] = _fill(hidden, mask)

@@ -18,7 +18,6 @@ from transformers import (
 
 from opd_lightning.divergence.reverse_kl import ReverseKL
 from opd_lightning.errors import ConfigError
-from opd_lightning.functional.head import Head
 from opd_lightning.scorer import Scorer, check_head
 from opd_lightning.types import Rollout, TokenBatch, Want
 
@@ -96,7 +95,7 @@ def test_full_divergence_equals_the_dense_one_and_its_gradient():
     student, teacher, rollout = tiny_model(1), tiny_model(2, hidden=40), random_rollout(4)
     hidden = Scorer(teacher)(rollout.tokens, Want(hidden=True)).hidden.detach()
     scorer = Scorer(student, chunk=3)
-    scorer.set_full_target(Head(weight=teacher.get_output_embeddings().weight.detach()), ReverseKL())
+    scorer.set_full_target(Scorer(teacher.requires_grad_(False)), ReverseKL())
     scores = scorer(rollout.tokens, Want(full=True), None, hidden)
     s, t = dense(student, rollout), dense(teacher, rollout).detach()
     expected = (s.exp() * (s - t)).sum(-1)
