@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import RichProgressBar
 
-_SHORT = {"generate": "gen tok/s", "score": "score tok/s", "train": "train tok/s"}
+_SHORT = {"generate": "gen", "score": "score", "train": "train"}
 
 
 class PhaseProgressBar(RichProgressBar):
@@ -36,7 +36,8 @@ class PhaseProgressBar(RichProgressBar):
         metrics.pop("v_num", None)
         clock = self._clock(trainer)
         rates = {} if clock is None else clock.tokens_per_second()
-        return metrics | {_SHORT[name]: f"{rate:.0f}" for name, rate in rates.items() if name in _SHORT}
+        speeds = {_SHORT[name]: f"{rate / 1000:.1f}k tok/s" for name, rate in rates.items() if name in _SHORT}
+        return metrics | speeds
 
     def _show(self, phase: str) -> None:
         self._phase = phase
