@@ -1,0 +1,112 @@
+"""FSDP2 around a scorer, in a world of one process: the same numbers, whole inside the block, shards outside."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from tiny import random_experience, tiny_model
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from opd_lightning.engine.transformers import TransformersEngine
+from opd_lightning.scorer import Scorer
+from opd_lightning.sharding import decoder_layers, shard, unsharded
+from opd_lightning.types import Sampling, Want
+
+BATCH = random_experience(5)
+WANTS = {"support": Want(support="renormalised"), "exact": Want(taken=True, entropy=True)}
+
+
+@pytest.fixture(scope="module")
+def mesh(tmp_path_factory):
+    store = tmp_path_factory.mktemp("store") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.fixture(params=[True, False], ids=["tied", "untied"])
+def pair(request, mesh) -> tuple[Scorer, Scorer]:
+    """A sharded student and the same one whole."""
+    sharded, whole = (Scorer(tiny_model(tied=request.param)) for _ in range(2))
+    shard(sharded, mesh)
+    assert all(isinstance(p, DTensor) for p in sharded.parameters())
+    return sharded, whole
+
+
+def learn(scorer: Scorer, want: Want) -> torch.Tensor:
+    """One SGD step on everything that was asked for; returns the loss."""
+    optimizer = torch.optim.SGD(scorer.parameters(), lr=0.1)
+    scores = scorer(BATCH.rollout.tokens, want, BATCH.support_ids)
+    loss = sum(
+        value.sum() for value in (scores.support_logp, scores.taken_logp, scores.entropy) if value is not None
+    )
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+def assert_equal_weights(sharded: Scorer, whole: Scorer) -> None:
+    for (name, mine), theirs in zip(sharded.named_parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(mine.full_tensor(), theirs.data, atol=1e-6, rtol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("want", WANTS.values(), ids=WANTS)
+def test_a_sharded_student_learns_the_same(pair, want):
+    sharded, whole = pair
+    before = [p.detach().clone() for p in whole.parameters()]
+    for _ in range(3):
+        with unsharded(sharded):
+            sharded(BATCH.rollout.tokens, want, BATCH.support_ids)
+        torch.testing.assert_close(learn(sharded, want), learn(whole, want), atol=1e-4, rtol=1e-6)
+    assert_equal_weights(sharded, whole)
+    assert any((p - q).abs().max() > 1e-2 for p, q in zip(before, whole.parameters(), strict=True))
+
+
+def test_generation_sees_whole_weights_as_they_are_now(pair):
+    sharded, whole = pair
+    engine, sampling = TransformersEngine(method="loop"), Sampling(max_new_tokens=8, stop_ids=(0,))
+    drawn = []
+    for _ in range(2):
+        with unsharded(sharded):
+            assert not any(isinstance(p, DTensor) for p in sharded.parameters())
+            mine = engine.generate(sharded.model, BATCH.rollout.prompt, sampling)
+        assert all(isinstance(p, DTensor) for p in sharded.parameters())
+        theirs = engine.generate(whole.model, BATCH.rollout.prompt, sampling)
+        assert torch.equal(mine.ids, theirs.ids)
+        torch.testing.assert_close(mine.behavior_logp, theirs.behavior_logp, atol=1e-5, rtol=1e-5)
+        drawn.append(mine.behavior_logp[:, 0])
+        for scorer in pair:
+            learn(scorer, WANTS["exact"])
+    assert not torch.allclose(drawn[0], drawn[1])
+
+
+def test_what_was_gathered_for_an_evaluation_can_be_trained(pair):
+    """Lightning evaluates in inference mode, before it trains; tensors made in that mode take no gradient."""
+    sharded, whole = pair
+    with torch.inference_mode(), unsharded(sharded):
+        assert not torch.is_grad_enabled()
+        scores = sharded(BATCH.rollout.tokens, Want(taken=True))
+        assert not scores.taken_logp.requires_grad
+    for scorer in pair:
+        learn(scorer, WANTS["exact"])
+    assert_equal_weights(sharded, whole)
+
+
+def test_a_block_that_fails_leaves_shards(pair):
+    sharded, _ = pair
+    with pytest.raises(RuntimeError, match="out of tokens"), unsharded(sharded):
+        raise RuntimeError("out of tokens")
+    assert all(isinstance(p, DTensor) for p in sharded.parameters())
+
+
+def test_a_student_that_is_not_sharded_is_left_alone():
+    scorer = Scorer(tiny_model())
+    with unsharded(scorer):
+        assert torch.is_grad_enabled()
+
+
+def test_decoder_layers_are_the_longest_list():
+    scorer = Scorer(tiny_model())
+    assert decoder_layers(scorer) == list(scorer.model.model.layers)
