@@ -17,7 +17,7 @@ class PhaseProgressBar(RichProgressBar):
         refresh_rate: batches between refreshes of the bar; 0 turns it off.
     """
 
-    def __init__(self, refresh_rate: int = 1) -> None:
+    def __init__(self, refresh_rate: int) -> None:
         super().__init__(refresh_rate=refresh_rate)
         self._phase = "starting"
 
