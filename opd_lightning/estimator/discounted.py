@@ -19,7 +19,7 @@ class Discounted:
     """Each token answers for what follows it: A_t = r_t + gamma A_{t+1}, value = -sg(A_t) log S(y_t).
 
     gamma = 0 is the token-level estimator, gamma = 1 the rewards to go, which have the gradient of the
-    sequence-level reverse KL in expectation (Revisiting OPD, arXiv 2603.25562, section 3). The return
+    sequence-level reverse KL in expectation (Revisiting OPD, arXiv 2603.25562). The return
     restarts wherever a token is not the student's own.
 
     Raises:

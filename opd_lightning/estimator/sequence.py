@@ -16,7 +16,7 @@ class Sequence:
     """Each token answers for the whole response: A_t = sum_t' r_t', value = -sg(A_t) log S(y_t).
 
     Unbiased for the gradient of KL(S(.|x) || T(.|x)) over responses, with the largest variance of all,
-    O(n^4) in the length (Revisiting OPD, arXiv 2603.25562, section 3). The rewards to go
+    O(n^4) in the length (Revisiting OPD, arXiv 2603.25562). The rewards to go
     (``estimator=discounted estimator.gamma=1``) have the same mean and less variance.
     """
 

@@ -18,7 +18,7 @@ class Token:
 
     The expected gradient at a prefix is exactly that of KL(S||T) there. Over a response it leaves out
     how a token changes the prefixes after it, a bias bought for a variance of O(n^2) in place of
-    O(n^4) (Revisiting OPD, arXiv 2603.25562, section 3).
+    O(n^4) (Revisiting OPD, arXiv 2603.25562).
 
     ``gradient`` has one legal value. Differentiating -r itself ("direct" k1) looks natural and has an
     expected gradient of exactly 0, because E[grad log S(y)] = 0.

@@ -60,7 +60,7 @@ def jsd(
 ) -> Float[Tensor, "*batch"]:
     """Return JSD_beta = beta KL(T||M) + (1 - beta) KL(S||M) with M = beta T + (1 - beta) S.
 
-    Agarwal et al. 2023 (GKD, arXiv 2306.13649), section 2. By their convention beta = 0 *is* forward
+    Agarwal et al. 2023 (GKD, arXiv 2306.13649). By their convention beta = 0 *is* forward
     KL and beta = 1 *is* reverse KL. That is a jump and no limit: inside (0, 1) the value tends to 0
     at both ends, where JSD_beta / beta -> KL(T||S) and JSD_beta / (1 - beta) -> KL(S||T).
 
@@ -86,7 +86,7 @@ def skewed(
     alpha: float,
     direction: Direction,
 ) -> Float[Tensor, "*batch"]:
-    """Return the skew divergence of DistiLLM (arXiv 2402.03898), section 3.1.
+    """Return the skew divergence of DistiLLM (arXiv 2402.03898).
 
     ``forward``: KL(T || alpha T + (1 - alpha) S). ``reverse``: KL(S || alpha S + (1 - alpha) T).
     alpha = 0 is the plain KL of that direction; as alpha grows to 1 the value tends to 0.
@@ -118,7 +118,7 @@ def renormalise(
     """Return log of p(v) / sum_{u in support} p(u), with ``LOG_ZERO`` at entries that do not exist.
 
     A softmax over the support, so logits do as well as log-probs, and a second call changes nothing
-    (local support matching, arXiv 2603.25562, section 4). A support without a valid entry gives a
+    (local support matching, arXiv 2603.25562). A support without a valid entry gives a
     finite row without gradient.
     """
     valid = torch.ones_like(logp, dtype=torch.bool) if valid is None else valid

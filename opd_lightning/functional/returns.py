@@ -15,7 +15,7 @@ def discounted_return(
     """Return G_t = values_t + gamma G_{t+1}, with G = 0 wherever ``mask`` is False.
 
     A return therefore restarts after a gap: nothing is credited across it. gamma = 0 gives the values
-    themselves, gamma = 1 the rewards to go (Revisiting OPD, arXiv 2603.25562, section 3).
+    themselves, gamma = 1 the rewards to go (Revisiting OPD, arXiv 2603.25562).
 
     Raises:
         ValueError: if ``gamma`` lies outside [0, 1].

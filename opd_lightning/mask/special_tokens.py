@@ -19,8 +19,8 @@ class SpecialTokens:
     """Takes the first occurrence of each listed id in each response out of the loss.
 
     Where student and teacher write different frames around the same answer, a few tokens carry nearly
-    the whole log-ratio: for ``<|im_end|>`` -0.00 against -58.71 (Revisiting OPD, arXiv 2603.25562,
-    section 4). Only response tokens are looked at, and later occurrences stay.
+    the whole log-ratio: for ``<|im_end|>`` -0.00 against -58.71 (Revisiting OPD, arXiv 2603.25562).
+    Only response tokens are looked at, and later occurrences stay.
 
     ``tokens`` are strings; :meth:`bind` turns them into ``ids`` with the student's tokenizer.
 

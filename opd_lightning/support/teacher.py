@@ -14,7 +14,7 @@ from opd_lightning.types import Candidates, Needs
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherTopK:
-    """The teacher's ``k`` most likely ids (local support matching, arXiv 2603.25562, section 4)."""
+    """The teacher's ``k`` most likely ids (local support matching, arXiv 2603.25562)."""
 
     k: int
 

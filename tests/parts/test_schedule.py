@@ -51,7 +51,7 @@ def test_stays_between_its_ends_and_is_monotone(schedule):
     assert not within(schedule, low - 1, high - 1e-9)
 
 
-def test_within_takes_numbers_and_nothing_else():
+def test_within_a_range():
     assert within(0, 0.0, 1.0)
     assert within(1.0, 0.0, 1.0)
     assert not within(1.1, 0.0, 1.0)

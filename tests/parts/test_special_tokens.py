@@ -55,7 +55,7 @@ def test_padding_before_a_token_is_not_an_occurrence():
 def test_nothing_listed_removes_nothing(tokenizer):
     ids = torch.tensor([[3, 9, 3]])
     rollout = make_rollout(ids, torch.ones_like(ids, dtype=torch.bool))
-    assert SpecialTokens(tokens=()).bind(tokenizer)(rollout).all()
+    assert SpecialTokens(tokens=[]).bind(tokenizer)(rollout).all()
     assert SpecialTokens(tokens=("zzz",)).bind(tokenizer)(rollout).all()
 
 
