@@ -20,7 +20,8 @@ class TopK:
     """value_t = divergence(S, T) on the support of position t, in one of three forms.
 
     ``renormalised``: both sides over the support alone (local support matching, arXiv 2603.25562).
-    ``tail``: all that is off the support is one more category. ``plain``: the truncated sum as it is, which collapses for reverse KL. On the full support the form makes no difference.
+    ``tail``: all that is off the support is one more category. ``plain``: the truncated sum as it is,
+    which collapses for reverse KL. On the full support the form makes no difference.
 
     Raises:
         ConfigError: for an unknown ``form``; with no support, or a renormalised one of a single id.
