@@ -6,6 +6,7 @@ Pure functions of two texts. A truncated response is the caller's business: it i
 from __future__ import annotations
 
 import functools
+import logging
 import re
 
 _BOX = "\\boxed"
@@ -85,6 +86,8 @@ def _math_verify():  # type: ignore[no-untyped-def]
         from math_verify import verify as compare
     except ImportError:
         return None
+    # It warns at its first use that time limits are off, which is what is wanted here.
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
 
     def verify(wanted: str, given: str) -> bool:
         # Its own time limits use signals, which only work in the main thread of a process.

@@ -20,7 +20,7 @@ from opd_lightning.train import run_from
 from package.readme import python_program, run_here, run_program, substituted
 
 SHORT = {
-    "max_steps=240": "max_steps=4",
+    "max_steps=320": "max_steps=4",
     "prompts_per_collection=32": "prompts_per_collection=4",
     "steps_per_collection=4": "steps_per_collection=2",
     "max_new_tokens=128": "max_new_tokens=40",

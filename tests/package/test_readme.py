@@ -173,7 +173,7 @@ def test_python_program(tmp_path, monkeypatch):
     """As it is written but for three numbers; that it equals the command is test_python_api's."""
     monkeypatch.chdir(tmp_path)
     short = {
-        "max_steps=240": "max_steps=2",
+        "max_steps=320": "max_steps=2",
         "prompts_per_collection=32": "prompts_per_collection=4",
         "problems=256": "problems=4",
     }
