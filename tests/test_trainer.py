@@ -67,7 +67,7 @@ class Toy:
             Scorer(tiny_model(2, vocab=WIDTH).to(dtype), vocab).eval().requires_grad_(False)
         )
         if objective.want.full:
-            self.student.set_full_target(self.teacher.scorer.head, ReverseKL())
+            self.student.set_full_target(self.teacher.scorer, ReverseKL())
         collector = Collector(
             task=TASK,
             prompts=self.prompts("train"),
