@@ -180,6 +180,7 @@ def quiet() -> None:
     logging.getLogger("lightning.pytorch.accelerators").setLevel(logging.WARNING)
     for message in (
         r".*does not have many workers.*",
+        r".*Total length of `list` across ranks is zero.*",
         r".*LeafSpec.* is deprecated.*",
         r".*Experiment logs directory .* exists and is not empty.*",
         r".*Checkpoint directory .* exists and is not empty.*",

@@ -32,7 +32,7 @@ def explain(error: Exception, config_name: str, arguments: Sequence[str]) -> str
     if isinstance(error, OverrideParseException):
         return (
             f"an override must read key=value, got {error.override!r}; "
-            "give a value, and quote lists, braces and spaces for the shell"
+            "give a value, and quote one with other signs than /-_.: twice, once for the shell: 'key=\"a~b\"'"
         )
     if found := re.search(r"Could not (?:find|load) '([\w/]+)/([^'/]+)'", text):
         return _unknown_option(*found.groups())

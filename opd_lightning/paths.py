@@ -19,8 +19,8 @@ def model_path(path: str) -> str:
     """Return what transformers should load for ``path``.
 
     ``builtin:word_problems/student`` names a shipped checkpoint; anything else, a local folder or a
-    name on a model hub, is returned as it is.
+    name on a model hub, is returned as it is, but for ``~``.
     """
     if path.startswith(_BUILTIN):
         return str(CHECKPOINTS / path.removeprefix(_BUILTIN))
-    return path
+    return str(Path(path).expanduser()) if path.startswith("~") else path

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+from jinja2 import TemplateError
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from opd_lightning.errors import ConfigError, require
@@ -87,14 +88,17 @@ class Prompts:
         if self.tokenizer.chat_template is None:
             text = "\n\n".join(str(m["content"]) for m in problem.messages)
             return list(self.tokenizer(text)["input_ids"])
-        return list(
-            self.tokenizer.apply_chat_template(
-                [dict(m) for m in problem.messages],
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=False,
+        messages = [dict(m) for m in problem.messages]
+        try:
+            ids = self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=False
             )
-        )
+        except TemplateError as error:
+            raise ConfigError(
+                f"`messages` must be what the student's chat template takes, got {messages!r:.120} ({error}); "
+                "change the rows, or the chat template beside the tokenizer"
+            ) from error
+        return list(ids)
 
     def stream(self, positions: Sequence[int]) -> PromptBatch:
         """Return the prompts at ``positions`` of the endless stream, each with its own seed."""

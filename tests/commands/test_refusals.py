@@ -115,7 +115,7 @@ class TestBeforeAModelIsLoaded:
         arguments, field, says = case
         refusal(here("evaluate", *arguments, folder=tmp_path / "run"), field, *says)
 
-    @pytest.mark.parametrize("word", ["seed", "mask=[special_tokens", "rollout={samples: 2"])
+    @pytest.mark.parametrize("word", ["seed", "mask=[special_tokens", "student.path=~/model"])
     def test_of_an_override_that_does_not_parse(self, word, tmp_path):
         sentence = here("train", word, folder=tmp_path / "run").sentence
         assert sentence.startswith(f"error: an override must read key=value, got {word!r}; ")
@@ -196,6 +196,16 @@ class TestBeforeAModelIsLoaded:
         longest = re.search(r"the longest has (\d+)", sentence)[1]
         assert f"raise {group}max_prompt_tokens to {longest}" in sentence
         assert "long_prompts=drop" not in sentence  # would not help: none is left
+
+    def test_of_messages_that_the_chat_template_does_not_take(self, tmp_path):
+        """As Gemma's without a system's turn."""
+        tokenizer = shipped_tokenizer()
+        tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
+        model = save_model(tmp_path / "model", tokenizer=tokenizer)
+        file = write_rows(tmp_path / "rows.jsonl", [{"messages": [{"role": "system", "content": "a"}]}])
+        models = [f"student.path={model}", f"teacher.path={model}"]
+        done = here("train", "task=jsonl", f"task.path={file}", *models, folder=tmp_path / "run")
+        refusal(done, "messages", "'role': 'system'", "System role not supported", "chat template")
 
     def test_of_one_long_prompt_by_choice(self, tmp_path):
         file = write_rows(tmp_path / "rows.jsonl", [*SUMS, {"prompt": "one more " * 50}])
