@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_DISABLE_PROGRESS_BARS ?= 1
 
-.PHONY: setup setup-dev train test test-slow test-shapes lint clean
+.PHONY: setup setup-dev train test test-slow test-shapes notebook lint clean
 
 setup: $(VENV)/.ready
 setup-dev: $(VENV)/.ready-dev

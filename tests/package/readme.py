@@ -135,10 +135,10 @@ def python_program() -> str:
 
 
 def substituted(program: str, changes: dict[str, str]) -> str:
-    """Return a program with each text replaced wherever it stands, and it must stand somewhere."""
-    for old, new in changes.items():
-        assert old in program, f"the README's program has no {old}"
-        program = program.replace(old, new)
+    """Return a program with each pattern replaced wherever it stands, and it must stand somewhere."""
+    for pattern, new in changes.items():
+        program, count = re.subn(pattern, new, program)
+        assert count, f"the README's program has no {pattern}"
     return program
 
 
