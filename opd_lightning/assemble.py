@@ -89,8 +89,6 @@ def assemble(
     )
     most = max(objective.needs.teacher_top, objective.needs.student_top)
     require(most <= vocab, "support.k", f"be at most the vocabulary's {vocab} ids", most, "use support=full")
-    top = max(objective.needs.teacher_top, objective.needs.student_top)
-    require(top <= vocab, "support.k", f"be at most the {vocab} ids of the vocabulary", top, "use 16")
     objective = replace(
         objective,
         masks={k: m.bind(tokenizer) if hasattr(m, "bind") else m for k, m in objective.masks.items()},
