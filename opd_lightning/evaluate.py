@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from opd_lightning.collector import respond_and_grade
-from opd_lightning.commands import build, check_seed, command, git_commit, quiet, refuse_unknown_keys
+from opd_lightning.commands import build, check_seed, command, git_commit, plain, quiet, refuse_unknown_keys
 from opd_lightning.diagnostics.responses import GroupedResponseMetrics
 from opd_lightning.errors import require
 from opd_lightning.models import load_model, load_tokenizer, stop_ids
@@ -26,6 +27,7 @@ KEYS = {
     *("max_new_tokens", "max_prompt_tokens", "long_prompts", "batch", "seed", "accelerator"),
     *("student.path", "student.dtype"),
 }
+_SHOWN = ("split", "samples", "temperature", "top_p", "top_k", "min_p", "max_new_tokens", "seed")
 
 
 def evaluate(config: DictConfig) -> dict[str, Any]:
@@ -73,12 +75,11 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
         metrics.update(respond_and_grade(task, tokenizer, engine, model, asked, sampling))
     return {
         "student": config.student.path,
-        "split": config.split,
+        "task": plain(config.task),
         "problems": len(rows),
-        "samples": config.samples,
-        "temperature": config.temperature,
+        **{name: config[name] for name in _SHOWN},
         "seconds": round(time.perf_counter() - begun, 2),
-        "metrics": {name: _floats(values) for name, values in metrics.compute().items()},
+        "metrics": {name: _numbers(values, config.samples) for name, values in metrics.compute().items()},
         "git_commit": git_commit(),
     }
 
@@ -110,8 +111,13 @@ def _check(config: DictConfig) -> None:
     require(there, "accelerator", "be cpu, or cuda where there is a GPU", config.accelerator, "use cpu")
 
 
-def _floats(values: dict[str, Any]) -> dict[str, float]:
-    return {name: float(value) for name, value in values.items()}
+def _numbers(values: dict[str, Any], samples: int) -> dict[str, float]:
+    """Return plain numbers, the accuracy under its two other names too."""
+    numbers = {name: float(value) for name, value in values.items()}
+    numbers["responses"] = int(numbers["responses"])
+    if "accuracy" in numbers:
+        numbers["pass@1"] = numbers[f"avg@{samples}"] = numbers["accuracy"]
+    return numbers
 
 
 def table(result: dict[str, Any]) -> Table:
@@ -119,7 +125,8 @@ def table(result: dict[str, Any]) -> Table:
     how = "greedy" if result["temperature"] == 0 else f"temperature {result['temperature']}"
     shown = Table(title=f"{result['student']}, {result['split']}, {result['problems']} problems, {how}")
     rows = result["metrics"]
-    names = list(dict.fromkeys(name for values in rows.values() for name in values))
+    same = ("pass@1", f"avg@{result['samples']}")  # as the accuracy
+    names = list(dict.fromkeys(name for values in rows.values() for name in values if name not in same))
     shown.add_column("problems")
     for name in names:
         label = {"accuracy": f"pass@1 (avg@{result['samples']})"}.get(name, name)
@@ -133,7 +140,9 @@ def table(result: dict[str, Any]) -> Table:
 def _cell(name: str, value: float | None) -> str:
     if value is None:
         return ""
-    return f"{value:.1f}" if name in ("length", "responses") else f"{value:.1%}"
+    if name == "responses":
+        return str(value)
+    return f"{value:.1f}" if name == "length" else f"{value:.1%}"
 
 
 @command("evaluate")
@@ -144,7 +153,8 @@ def main(config: DictConfig) -> float | None:
     result = evaluate(config)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
-    Console().print(table(result))
+    # A pipe has no width; rich would take 80 columns and break numbers.
+    Console(width=None if sys.stdout.isatty() else 160).print(table(result))
     print(f"written to {folder / 'evaluation.json'}", flush=True)
     return result["metrics"]["all"].get("accuracy")
 

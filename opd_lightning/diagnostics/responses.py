@@ -69,14 +69,13 @@ def _joined(parts: Tensor | Sequence[Tensor]) -> Tensor:
 
 
 def _pass_rates(correct: Tensor, group: Tensor) -> dict[str, Tensor]:
-    """Return pass@k for k = 2, 4, 8, ... up to the samples that every problem has."""
+    """Return pass@k for k = 2, 4, 8, ... below the samples that every problem has, and for their number."""
     _, member, samples = torch.unique(group, return_inverse=True, return_counts=True)
     right = torch.zeros(len(samples), device=correct.device).index_add_(0, member, (correct > 0.5).float())
-    least, rates, k = int(samples.min()), {}, 2
-    while k <= least:
+    least, rates = int(samples.min()), {}
+    for k in sorted({2**i for i in range(1, least.bit_length())} | ({least} - {1})):
         each = [pass_at_k(int(n), int(c), k) for n, c in zip(samples, right, strict=True)]
         rates[f"pass@{k}"] = torch.tensor(each, device=correct.device).mean()
-        k *= 2
     return rates
 
 
