@@ -37,7 +37,7 @@ from opd_lightning.types import Experience, Want
 TOKENIZER = load_tokenizer("builtin:word_problems/student", "student.path")
 TASK = WordProblems(min_steps=1, max_steps=2, train_size=64, validation_size=6)
 WIDTH = 448
-STOP = 2
+STOPS = tuple(range(0, WIDTH, 5))  # about every fifth token ends its response
 EXACT = Objective(
     estimator=TopK(divergence=ReverseKL(), form="renormalised"), support=Full(), reduction=TokenMean()
 )
@@ -61,6 +61,7 @@ class Toy:
         optimizer=partial(torch.optim.AdamW, lr=1e-2),
         scheduler=None,
         method: str = "auto",
+        stops: tuple[int, ...] = STOPS,
     ) -> None:
         self.student = Scorer(tiny_model(1, vocab=WIDTH).to(dtype), vocab).train()
         self.teacher = FrozenScorer(
@@ -85,7 +86,7 @@ class Toy:
             teacher=self.teacher,
             objective=objective,
             tokenizer=TOKENIZER,
-            stop_ids=(STOP,),
+            stop_ids=stops,
             prompts_per_collection=prompts,
             steps_per_collection=steps_per_collection,
             score_rows=8,
@@ -218,6 +219,7 @@ def test_logged_loss_is_the_mean_over_the_tokens_of_the_step():
     toy.fit(3, watch, accumulate=3)
     assert expected[0] > 0.01
     assert [step["train/loss"] for step in watch.logged] == pytest.approx(expected, rel=1e-4)
+    assert any(not b.rollout.mask.all() for b in watch.batches)  # ragged
     tokens = [sum(int(b.rollout.mask.sum()) for b in watch.batches[i : i + 3]) for i in (0, 3, 6)]
     assert [step["train/tokens"] for step in watch.logged] == tokens
 
@@ -349,7 +351,7 @@ def tensors(value):
 )
 def test_training_reduces_the_exact_divergence(objective, left):
     """numerics.md section 11, point 31: 8 ids, up to 3 tokens, KL(S||T) over all responses by enumeration."""
-    toy = Toy(objective, vocab=8, new=3, prompts=4, samples=8)
+    toy = Toy(objective, vocab=8, new=3, prompts=4, samples=8, stops=(2,))
     prompts = [toy.data.collector.prompts.stream([i]).ids for i in range(2)]
     before = sum(sequence_divergence(toy, p) for p in prompts)
     toy.fit(20)
@@ -368,7 +370,7 @@ def sequence_divergence(toy: Toy, prompt: torch.Tensor) -> float:
             for s in (toy.student, toy.teacher.scorer)
         )
         total += float((weight * (student.exp() * (student - teacher)).sum(-1)).sum())
-        ids = torch.tensor([i for i in range(toy.student.vocab) if i != STOP])
+        ids = torch.tensor([i for i in range(toy.student.vocab) if i not in toy.data.collector.stop_ids])
         weight = (weight[:, None] * student[:, ids].exp()).flatten()
         prefixes = torch.cat(
             [prefixes.repeat_interleave(len(ids), 0), ids.repeat(len(prefixes))[:, None]], -1
