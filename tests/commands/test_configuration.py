@@ -7,6 +7,8 @@ import inspect
 import itertools
 import math
 from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -65,11 +67,10 @@ def at(config: DictConfig, key: str) -> Any:
     return node[last]
 
 
-@pytest.fixture(scope="module")
-def composed():
+def composed(*overrides: str, folder: Path = CONF_DIR) -> DictConfig:
     """Compose the command's configuration with overrides."""
-    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        yield lambda *overrides: compose("train", list(overrides))
+    with initialize_config_dir(str(folder), version_base="1.3"):
+        return compose("train", list(overrides))
 
 
 # -- every option
@@ -94,7 +95,7 @@ def check_part(config: DictConfig, group: str, option: str) -> None:
         build(config[group])
 
 
-def test_the_defaults(composed):
+def test_the_defaults():
     config = composed()
     refuse_unknown_keys(config, KEYS)
     for group, option in FILES:
@@ -105,7 +106,7 @@ def test_the_defaults(composed):
 @pytest.mark.parametrize(
     ("group", "option"), [named(*f) for f in FILES if f[0] not in WHOLE and not is_default(*f)]
 )
-def test_every_other_option(group, option, composed):
+def test_every_other_option(group, option):
     overrides = [f"{group}=[{option}]" if group in LISTED else f"{group}={option}"]
     overrides += [f"estimator={OWNED[group]}"] if group in OWNED else []
     overrides += ["task.path=a.jsonl"] if option == "jsonl" else []
@@ -118,7 +119,7 @@ def test_every_other_option(group, option, composed):
 
 
 @pytest.mark.parametrize("group", sorted(LISTED))
-def test_every_pair_of_a_list_keeps_both(group, composed):
+def test_every_pair_of_a_list_keeps_both(group):
     """Each in a key of its own name, in the order that was asked for."""
     for option in options(group):
         assert set(content(group, option)) == {option}
@@ -130,7 +131,7 @@ def test_every_pair_of_a_list_keeps_both(group, composed):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_preset_wins_over_its_groups_and_the_command_line_over_both(preset, composed):
+def test_a_preset_wins_over_its_groups_and_the_command_line_over_both(preset):
     values = dict(flat(content("experiment", preset)))
     config = composed(f"experiment={preset}")
     refuse_unknown_keys(config, KEYS)
@@ -142,7 +143,7 @@ def test_a_preset_wins_over_its_groups_and_the_command_line_over_both(preset, co
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_debug_wins_over_a_preset(preset, composed):
+def test_debug_wins_over_a_preset(preset):
     values = dict(flat(content("debug", "fast")))
     config = composed("debug=fast", f"experiment={preset}")
     assert {key: at(config, key) for key in values} == values
@@ -176,15 +177,14 @@ def test_a_preset_trains_two_steps(preset, tmp_path):
 
 @pytest.fixture(scope="module")
 def objective(tmp_path_factory):
-    """Compose the groups of an objective alone, for their number of combinations, and build it."""
+    """Compose the groups of an objective alone, for their number of combinations."""
     folder = tmp_path_factory.mktemp("objective")
     groups = ("support", "estimator", "regularizer", "mask", "reduction")
     root = {"defaults": ["_self_", *({name: CHOSEN[name]} for name in groups)]}
     (folder / "train.yaml").write_text(
         yaml.safe_dump(root | {"hydra": {"searchpath": [f"file://{CONF_DIR}"]}})
     )
-    with initialize_config_dir(str(folder), version_base="1.3"):
-        yield lambda *overrides: compose("train", list(overrides))
+    return partial(composed, folder=folder)
 
 
 @pytest.mark.parametrize("support", options("support"))
