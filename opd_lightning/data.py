@@ -58,13 +58,8 @@ class Evaluation:
             self.problems,
             "use null for all",
         )
-        require(
-            self.max_new_tokens >= 1,
-            "evaluation.settings.max_new_tokens",
-            "be at least 1",
-            self.max_new_tokens,
-            "use 128",
-        )
+        for sampling, _ in self.modes():
+            sampling.checked("evaluation.settings")
         require(
             self.samples >= 0,
             "evaluation.settings.samples",

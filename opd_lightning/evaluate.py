@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,14 +58,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
         group="",
     )
     model = load_model(config.student.path, "student.path", config.student.dtype).to(config.accelerator)  # type: ignore[arg-type]
-    sampling = Sampling(
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        top_k=config.top_k,
-        min_p=config.min_p,
-        stop_ids=stop_ids(model, tokenizer),
-    )
+    sampling = replace(_sampling(config), stop_ids=stop_ids(model, tokenizer))
     metrics = GroupedResponseMetrics()
     rows = range(len(prompts) if config.problems is None else min(config.problems, len(prompts)))
     begun = time.perf_counter()
@@ -84,24 +78,20 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     }
 
 
+def _sampling(config: DictConfig) -> Sampling:
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p")
+    return Sampling(**{name: config[name] for name in names})
+
+
 def _check(config: DictConfig) -> None:
     """Refuse a number out of its range, before a model is loaded."""
     check_seed(config.seed)
-    for name in ("problems", "samples", "max_new_tokens", "batch"):
+    for name in ("problems", "samples", "batch"):
         value = config[name]
         whole = (isinstance(value, int) and value >= 1) or (name == "problems" and value is None)
         remedy = "use null for all" if name == "problems" else "raise it"
         require(whole, name, "be a whole number of at least 1", value, remedy)
-    ranges = {
-        "temperature": (0, float("inf"), "use 0 for greedy responses"),
-        "top_p": (1e-9, 1, "use 1 to keep every token"),
-        "top_k": (0, float("inf"), "use 0 to keep every token"),
-        "min_p": (0, 1, "use 0 to keep every token"),
-    }
-    for name, (low, high, remedy) in ranges.items():
-        value = config[name]
-        number = isinstance(value, int | float) and low <= value <= high
-        require(number, name, f"be a number from {low:.0f} to {high}", value, remedy)
+    _sampling(config).checked("")
     greedy_once = config.temperature > 0 or config.samples == 1
     require(
         greedy_once, "samples", "be 1 for greedy responses", config.samples, "set temperature=1.0 to sample"

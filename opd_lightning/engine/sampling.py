@@ -18,19 +18,7 @@ _BELOW_ONE = 1 - 2**-40
 
 def check(sampling: Sampling) -> None:
     """Raise :class:`~opd_lightning.errors.ConfigError` unless every field of ``sampling`` is in its range."""
-    s = sampling
-    require(s.max_new_tokens >= 1, "sampling.max_new_tokens", "be at least 1", s.max_new_tokens, "raise it")
-    require(
-        0 <= s.temperature < math.inf,
-        "sampling.temperature",
-        "be a finite number >= 0",
-        s.temperature,
-        "use 0 for greedy decoding and 1 for the model's own distribution",
-    )
-    require(0 < s.top_p <= 1, "sampling.top_p", "be in (0, 1]", s.top_p, "use 1 to keep every token")
-    require(s.top_k >= 0, "sampling.top_k", "be at least 0", s.top_k, "use 0 to keep every token")
-    require(0 <= s.min_p < 1, "sampling.min_p", "be in [0, 1)", s.min_p, "use 0 to keep every token")
-    require(s.top_ids >= 0, "sampling.top_ids", "be at least 0", s.top_ids, "use 0 for none")
+    s = sampling.checked()
     if s.vocab is not None:
         require(
             s.vocab >= 1, "sampling.vocab", "be at least 1", s.vocab, "leave it out for the whole vocabulary"

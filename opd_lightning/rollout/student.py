@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
 
 from opd_lightning.errors import require
 from opd_lightning.protocols import Generate
-from opd_lightning.schedule import Schedule, value_at
+from opd_lightning.schedule import Schedule, value_at, within
 from opd_lightning.types import Finish, Generation, Origin, PromptBatch, Rollout, Sampling
 
 
@@ -47,29 +48,32 @@ class StudentRollout:
             "use 1 for one response a prompt",
         )
         require(
-            self.temperature > 0,
+            isinstance(self.temperature, int | float) and self.temperature > 0,
             "rollout.temperature",
             "be above 0",
             self.temperature,
             "on-policy training needs samples; greedy decoding belongs to evaluation",
         )
+        self._sampling(1).checked("rollout")
         for name in ("max_new_tokens", "loss_horizon"):
             value = getattr(self, name)
-            if isinstance(value, int | float):
-                require(
-                    value >= 1, f"rollout.{name}", "be at least 1 token", value, "give a number of tokens"
-                )
+            holds = within(value, 1, math.inf) or (name == "loss_horizon" and value is None)
+            remedy = "give a number of tokens, or a schedule of one"
+            require(holds, f"rollout.{name}", "be at least 1 token", value, remedy)
 
-    def __call__(self, prompts: PromptBatch, generate: Generate, progress: float, top_ids: int) -> Rollout:
-        """Return the rollout; every response token's origin is the student."""
-        sampling = Sampling(
-            max_new_tokens=_tokens(self.max_new_tokens, progress),
+    def _sampling(self, max_new_tokens: int, top_ids: int = 0) -> Sampling:
+        return Sampling(
+            max_new_tokens=max_new_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=self.top_k,
             min_p=self.min_p,
             top_ids=top_ids,
         )
+
+    def __call__(self, prompts: PromptBatch, generate: Generate, progress: float, top_ids: int) -> Rollout:
+        """Return the rollout; every response token's origin is the student."""
+        sampling = self._sampling(_tokens(self.max_new_tokens, progress), top_ids)
         repeated = prompts.repeat(self.samples)
         generation = generate(repeated, sampling)
         horizon = None if self.loss_horizon is None else _tokens(self.loss_horizon, progress)
