@@ -101,6 +101,11 @@ def assemble(
     student = Scorer(model, vocab)
     check_head(student, student_path)
     student.train()
+    stops = stop_ids(model, tokenizer)
+    covered = [stop for stop in stops if stop < vocab]
+    require(
+        bool(covered), "teacher.path", f"know the student's stop ids {stops}", vocab, "use a wider teacher"
+    )
     frozen = teacher.load(vocab)
     if objective.want.full:
         student.set_full_target(frozen.scorer, objective.estimator.divergence)  # type: ignore[attr-defined]
@@ -112,7 +117,7 @@ def assemble(
         teacher=frozen,
         objective=objective,
         tokenizer=tokenizer,
-        stop_ids=stop_ids(model, tokenizer),
+        stop_ids=stops,
         prompts_per_collection=collector.prompts_per_collection,
         steps_per_collection=collector.steps_per_collection,
         score_rows=collector.score_rows,

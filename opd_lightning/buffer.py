@@ -27,9 +27,11 @@ def micro_batches(experience: Experience, count: int) -> list[Experience]:
     tokens = rollout.prompt.mask.sum(-1) + rollout.lengths
     order = torch.argsort(tokens, stable=True)
     ends = torch.cumsum(tokens[order], 0)
-    # Row r goes to the micro-batch in which the middle of its tokens falls.
+    # Row r goes to the micro-batch in which the middle of its tokens falls, as far as each then has a row.
     middle = ends - tokens[order] / 2
-    bins = (middle * count / ends[-1].clamp(min=1)).long().clamp(max=count - 1)
+    place = torch.arange(len(order), device=order.device)
+    bins = (middle * count / ends[-1].clamp(min=1)).long()
+    bins = torch.maximum(torch.minimum(bins, place), count - len(order) + place).clamp(0, count - 1)
     parts = [experience.rows(order[bins == i]) for i in range(count)]
     return [part if len(part.share) else empty(experience) for part in parts]
 

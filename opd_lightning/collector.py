@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import partial
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -15,7 +15,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from opd_lightning.buffer import micro_batches
 from opd_lightning.clock import PhaseClock
 from opd_lightning.diagnostics.collection import CollectionReport, describe
-from opd_lightning.errors import require
+from opd_lightning.errors import ConfigError, require
 from opd_lightning.objective import Objective
 from opd_lightning.prompts import Prompts
 from opd_lightning.protocols import Engine, RolloutSampler, Scoring, Task
@@ -198,7 +198,7 @@ class Collector:
         if needs.support and not needs.full:
             ids, valid = self.objective.support(candidates)
             support = {"support_ids": ids, "support_valid": valid & rollout.mask.unsqueeze(-1)}
-            support["support_teacher_logp"] = _look_up(ids, taught, given)
+            support["support_teacher_logp"] = _look_up(ids, support["support_valid"], taught, given)
         return Experience(
             rollout=rollout,
             share=torch.zeros_like(rollout.behavior_logp),
@@ -308,13 +308,26 @@ def grade(
 
 
 def _look_up(
-    ids: Int[Tensor, "batch time k"], taught: Scores, given: Int[Tensor, "batch time g"]
+    ids: Int[Tensor, "batch time k"],
+    valid: Bool[Tensor, "batch time k"],
+    taught: Scores,
+    given: Int[Tensor, "batch time g"],
 ) -> Float[Tensor, "batch time k"]:
-    """Return the teacher's log-probs at selected ids, each of which it named or was asked about."""
+    """Return the teacher's log-probs at selected ids.
+
+    Raises:
+        ConfigError: the support chose an id that is not among its candidates, so that nobody scored it.
+    """
     assert taught.support_logp is not None
     known_ids, known_logp = given, taught.support_logp
     if taught.top_ids is not None and taught.top_logp is not None:
         known_ids = torch.cat([known_ids, taught.top_ids], -1)
         known_logp = torch.cat([known_logp, taught.top_logp], -1)
-    where = (ids.unsqueeze(-1) == known_ids.unsqueeze(-2)).to(torch.uint8).argmax(-1)
+    same = ids.unsqueeze(-1) == known_ids.unsqueeze(-2)
+    if bool((valid & ~same.any(-1)).any()):
+        raise ConfigError(
+            "`support` must choose among its candidates (the taken token and the top ids that it declares in "
+            "`needs`), got another id; declare more top ids, or mark that entry invalid"
+        )
+    where = same.to(torch.uint8).argmax(-1)
     return known_logp.gather(-1, where)

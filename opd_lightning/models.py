@@ -107,9 +107,10 @@ def shared_vocabulary(
 ) -> int:
     """Return the width of the vocabulary that two models share, after checking that ids mean the same.
 
-    Tokenizers must give every ordinary (non-added) token the same id and cut text the same way; padded
-    widths (151,936 and 152,064 of one tokenizer) and extra added tokens may differ, and both models are
-    then read up to the smaller width (numerics.md, section 7).
+    Tokenizers must give every ordinary token the same id, every added token (a turn's end, a thought tag)
+    that both have too, and cut text the same way. Padded widths (151,936 and 152,064 of one tokenizer)
+    and added tokens that one alone has may differ; both models are then read up to the smaller width
+    (numerics.md, section 7).
 
     Raises:
         ConfigError: the tokenizers differ.
@@ -126,6 +127,15 @@ def shared_vocabulary(
             f"`teacher.path` must have the student's tokenizer, got one in which {len(differing)} ordinary tokens "
             f"differ (for example {token!r}: student id {ids[0]}, teacher id {ids[1]}); "
             "choose a teacher of the same family, since log-probs are compared id by id"
+        )
+    vocabularies = [tok.get_vocab() for tok in (student, teacher)]
+    both = vocabularies[0].keys() & vocabularies[1].keys()
+    if moved := sorted(t for t in both if vocabularies[0][t] != vocabularies[1][t]):
+        ids = [vocabulary[moved[0]] for vocabulary in vocabularies]
+        raise ConfigError(
+            f"`teacher.path` must have the student's tokenizer, got one in which {len(moved)} special tokens have "
+            f"other ids (for example {moved[0]!r}: student id {ids[0]}, teacher id {ids[1]}); choose a teacher of "
+            "the same family, or the student would learn to stop at another token"
         )
     for text in _PROBES:
         cut = [tok(text, add_special_tokens=False)["input_ids"] for tok in (student, teacher)]

@@ -28,8 +28,7 @@ class Scorer(nn.Module):
             it are padding and do not exist for any probability (numerics.md, section 7).
         chunk: positions whose logits are alive at once; memory of the head is ``chunk * vocab * 4`` bytes.
 
-    Raises:
-        ConfigError: the model's own logits are not what its head gives from its last hidden states.
+    :func:`check_head` tells whether the model's logits are what its head gives, as is assumed here.
     """
 
     def __init__(self, model: PreTrainedModel, vocab: int | None = None, chunk: int = 2048) -> None:

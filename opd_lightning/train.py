@@ -98,7 +98,7 @@ def trainer_from(config: DictConfig, history: EvaluationHistory, folder: Path) -
         "trainer.max_steps",
         "be at least 1 optimizer step",
         planned,
-        "use 240",
+        "use 320",
     )
     require(
         isinstance(accumulate, int) and accumulate >= 1,
@@ -106,6 +106,15 @@ def trainer_from(config: DictConfig, history: EvaluationHistory, folder: Path) -
         "be at least 1",
         accumulate,
         "use 1 for no accumulation",
+    )
+    # Lightning's other precisions cast the batches too, which are frozen values.
+    precision = str(settings["precision"])
+    require(
+        precision in ("32", "32-true", "16-mixed", "bf16-mixed"),
+        "trainer.precision",
+        "be 32-true, bf16-mixed or 16-mixed",
+        precision,
+        "use 32-true with student.dtype=bfloat16 to hold the weights themselves in bfloat16",
     )
     every = config.evaluation.every_steps
     require(
@@ -312,7 +321,7 @@ def main(config: DictConfig) -> float | None:
     if hydra_config.mode == RunMode.MULTIRUN and (devices not in (1, "1") or nodes != 1):
         raise ConfigError(
             f"`trainer.devices` must be 1 in a multirun, got {devices}: a process-launching strategy would rerun the "
-            "whole sweep in each child; run each job by its own command"
+            "whole sweep in each child; use trainer.devices=1, or run each job by its own command"
         )
     overrides = list(hydra_config.overrides.task)
     summary = train(config, Path(hydra_config.runtime.output_dir), overrides)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ from opd_lightning.support.teacher import TeacherTopK
 from opd_lightning.support.union import Union
 from opd_lightning.task.word_problems import WordProblems
 from opd_lightning.teacher.local import FrozenScorer
-from opd_lightning.types import Finish, Want
+from opd_lightning.types import Finish, Needs, Want
 
 TOKENIZER = load_tokenizer("builtin:word_problems/student", "student.path")
 TASK = WordProblems(min_steps=3, max_steps=6)
@@ -235,3 +236,25 @@ def test_prompts_must_divide(teacher):
         collector(teacher, prompts_per_collection=7)
     with pytest.raises(ConfigError, match=r"multiple of 3 prompts.*use 12"):
         collector(teacher).check_world(3)
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """A support that chooses an id that nobody was asked about."""
+
+    needs: ClassVar[Needs] = Needs(support=True, teacher_top=2)
+    size: ClassVar[int] = 2
+
+    def __call__(self, candidates):
+        top = candidates.teacher_top
+        other = next(i for i in range(WIDTH) if not ((top == i).any() or (candidates.taken == i).any()))
+        return torch.full_like(top, other), torch.ones_like(top, dtype=torch.bool)
+
+
+def test_a_support_that_leaves_its_candidates_is_refused(student, teacher):
+    estimator = TopK(divergence=ReverseKL(), form="tail")
+    objective = Objective(estimator=estimator, support=Elsewhere(), reduction=TokenMean())
+    with pytest.raises(ConfigError, match="among its candidates"):
+        collect(
+            collector(teacher, objective=objective, prompts_per_collection=2, steps_per_collection=1), student
+        )

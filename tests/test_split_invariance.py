@@ -111,6 +111,15 @@ def test_micro_batches_balance_tokens():
     assert max(counts) - min(counts) <= 47  # no more than one row, prompt 7 and response 40
 
 
+def test_no_micro_batch_is_empty_while_there_are_rows():
+    experience = random_experience(4, time=40)
+    lengths = torch.tensor([1, 1, 1, 40])
+    mask = torch.arange(40) < lengths.unsqueeze(-1)
+    rollout = replace(experience.rollout, mask=mask, ids=experience.rollout.ids * mask)
+    parts = micro_batches(replace(experience, rollout=rollout, share=mask / mask.sum()), 4)
+    assert [int((part.share > 0).sum()) for part in parts] == [1, 1, 1, 40]
+
+
 def test_count_is_refused_below_one():
     with pytest.raises(ConfigError, match="accumulate_grad_batches"):
         micro_batches(random_experience(2), 0)

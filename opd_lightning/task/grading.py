@@ -8,9 +8,10 @@ from __future__ import annotations
 import functools
 import logging
 import re
+from decimal import Decimal
 
 _BOX = "\\boxed"
-_WHOLE = re.compile(r"[+-]?\d+")
+_PLAIN = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _NOISE = re.compile(r"\\(?:left|right|,|;|!|:|quad|displaystyle)(?![A-Za-z])|\\text\{\s*\}|[\s$]")
 # What a computer algebra system could work on for ever: factorials, power towers, long exponents.
@@ -21,7 +22,7 @@ _LONGEST = 400  # characters of an answer that is worth parsing
 def grade_answer(response: str, answer: str) -> float:
     r"""Return 1.0 where the last ``\boxed{...}`` after the thought equals ``answer``, 0.0 otherwise.
 
-    Whole numbers are compared as numbers. Other answers are compared as normalised text and then, where
+    Plain numbers are compared as numbers (5 equals 5.0). Other answers are compared as normalised text and then, where
     the optional package ``math-verify`` is installed, as mathematics.
     """
     given = last_boxed(after_thought(response))
@@ -29,8 +30,8 @@ def grade_answer(response: str, answer: str) -> float:
         return 0.0
     wanted = normalise(answer if (boxed := last_boxed(answer)) is None else boxed)
     given = normalise(given)
-    if _WHOLE.fullmatch(wanted) and _WHOLE.fullmatch(given):
-        return float(int(wanted) == int(given))
+    if _PLAIN.fullmatch(wanted) and _PLAIN.fullmatch(given):
+        return float(Decimal(wanted) == Decimal(given))
     return float(wanted == given or same_mathematics(wanted, given))
 
 

@@ -37,7 +37,7 @@ class Jsonl:
     def __post_init__(self) -> None:
         for split, name in self._files().items():
             if name is not None:
-                require(Path(name).is_file(), _field(split), "be a file", name, "check the path")
+                require(Path(name).expanduser().is_file(), _field(split), "be a file", name, "check the path")
 
     def _files(self) -> dict[str, str | None]:
         return {"train": self.path, "validation": self.val_path, "test": self.test_path}
@@ -49,7 +49,7 @@ class Jsonl:
         name = files[split]
         if name is None:
             return []
-        field, rows = _field(split), _rows(Path(name), _field(split))
+        field, rows = _field(split), _rows(Path(name).expanduser(), _field(split))
         problems = [_problem(i, row, f"{name}:{line}", field) for i, (line, row) in enumerate(rows)]
         require(
             len(problems) > 0,
@@ -123,16 +123,19 @@ def _problem(index: int, row: Any, place: str, field: str) -> Problem:
 
 
 def _messages(row: Mapping[str, Any], place: str, field: str) -> tuple[dict[str, str], ...]:
-    if row.get("prompt"):
-        return ({"role": "user", "content": str(row["prompt"])},)
-    messages = row["messages"]
+    prompt = row.get("prompt")
+    if isinstance(prompt, str) and prompt:
+        return ({"role": "user", "content": prompt},)
+    # Some data sets keep the chat under `prompt`.
+    messages = prompt or row["messages"]
     fits = isinstance(messages, list) and all(
         isinstance(m, Mapping) and {"role", "content"} <= m.keys() and isinstance(m["content"], str)
         for m in messages
     )
     if not fits:
         raise ConfigError(
-            f"`{field}` must give `messages` as a list of objects with role and content, got {messages!r:.80} "
+            f"`{field}` must give `prompt` as text or chat messages as a list of objects with role and content, "
+            f"got {messages!r:.80} "
             f'at {place}; write [{{"role": "user", "content": "..."}}]'
         )
     if messages[-1]["role"] == "assistant":

@@ -70,9 +70,10 @@ class WordProblems:
         shares = (self.p_multiply, self.p_hop, self.p_distractor)
         holds = all(0 <= p <= 1 for p in shares) and self.p_multiply + self.p_hop <= 1
         require(holds, "task.p_*", "be chances, p_multiply + p_hop at most 1", shares, "use 0.15, 0.25, 0.3")
-        for name in ("train_size", "validation_size", "test_size"):
+        least = {"train_size": 1, "validation_size": 0, "test_size": 0}
+        for name, fewest in least.items():
             size = getattr(self, name)
-            require(size >= 0, f"task.{name}", "be at least 0 problems", size, "use 256")
+            require(size >= fewest, f"task.{name}", f"be at least {fewest}", size, "use 1024")
 
     def problems(self, split: str) -> Split:
         """Return a split: ``"train"``, ``"validation"`` or ``"test"``."""

@@ -40,14 +40,22 @@ PARTS = [
     (["support.k=100000"], "support.k", ["at most", "got 100000", "support=full"]),
     (["estimator.form=wrong"], "estimator.form", ["renormalised", "got 'wrong'"]),
     (["rollout.temperature=0"], "rollout.temperature", ["above 0", "got 0"]),
+    (["rollout.top_p=2"], "rollout.top_p", ["in (0, 1]", "got 2"]),
+    (["rollout.min_p=1"], "rollout.min_p", ["in [0, 1)", "got 1"]),
+    (["rollout.max_new_tokens=abc"], "rollout.max_new_tokens", ["at least 1 token", "got 'abc'"]),
+    (["rollout.loss_horizon=0"], "rollout.loss_horizon", ["at least 1 token", "got 0"]),
     (["rollout.samples=many"], "rollout", ["StudentRollout"]),
 ]
 SETTINGS = [
     (["trainer.max_steps=0"], "trainer.max_steps", ["at least 1", "got 0"]),
     (["trainer.max_steps=null"], "trainer.max_steps", ["got None"]),
     (["trainer.accumulate_grad_batches=0"], "trainer.accumulate_grad_batches", ["got 0"]),
-    (["trainer.precision=wrong"], "trainer", ["lightning.Trainer", "'wrong'", "bf16-mixed"]),
+    (["trainer.precision=bf16-true"], "trainer.precision", ["got 'bf16-true'", "student.dtype=bfloat16"]),
+    (["trainer.accelerator=wrong"], "trainer", ["lightning.Trainer", "'wrong'"]),
     (["evaluation.every_steps=0"], "evaluation.every_steps", ["got 0", "null"]),
+    (["evaluation.settings.top_p=0"], "evaluation.settings.top_p", ["in (0, 1]", "got 0"]),
+    (["evaluation.settings.max_new_tokens=0"], "evaluation.settings.max_new_tokens", ["at least 1", "got 0"]),
+    (["task.train_size=0"], "task.train_size", ["at least 1", "got 0"]),
     (["evaluation.settings.batch=0"], "evaluation.settings.batch", ["got 0"]),
     (["evaluation.split=wrong"], "split", ["validation", "got 'wrong'"]),
     (

@@ -77,7 +77,11 @@ REFUSED = {
     "not an object": (["7\n"], r"got neither at .*data.jsonl:1"),
     "messages as text": (
         [{"messages": "hi"}],
-        r"`messages` as a list of objects .*, got 'hi' at .*:1; write",
+        r"messages as a list of objects .*, got 'hi' at .*:1; write",
+    ),
+    "a prompt of numbers": (
+        [{"prompt": "fine"}, {"prompt": 7}],
+        r"`prompt` as text or chat messages .*, got 7 at .*:2; write",
     ),
     "no content": (
         [{"messages": [{"role": "user"}]}],
@@ -148,3 +152,12 @@ def test_the_yaml_names_every_setting(good):
     assert written.pop("_target_") == "opd_lightning.task.jsonl.Jsonl"
     written.path = good
     assert Jsonl(**written) == Jsonl(path=good)
+
+
+def test_a_chat_under_prompt_is_read_as_messages(tmp_path):
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 2+3?"}]
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"prompt": turns, "answer": 5.0}) + "\n")
+    (problem,) = Jsonl(path=str(path)).problems("train")
+    assert [dict(turn) for turn in problem.messages] == turns
+    assert Jsonl(path=str(path)).grade(problem, "\\boxed{5}") == 1.0
