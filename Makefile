@@ -1,6 +1,6 @@
 # Two commands do everything: `make train` runs the main job, `make test` passes the tests.
 # Both make the environment first: .venv, with CPython 3.11 to 3.13 and pip.
-PYTHON ?= python3.11
+PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13,$(shell command -v $(name))) python3)
 VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1

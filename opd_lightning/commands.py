@@ -6,6 +6,7 @@ import contextlib
 import functools
 import logging
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -25,6 +26,22 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from opd_lightning.errors import ConfigError, require
 from opd_lightning.overrides import explain
 from opd_lightning.paths import CONF_DIR
+
+
+def folder_name(number: int | str, overrides: str) -> str:
+    """Return the folder of a multirun's job: its overrides, short enough for a file system and without slashes.
+
+    >>> folder_name(3, "estimator=topk,student.path=/models/a")
+    'estimator=topk,student.path=-models-a'
+    """
+    name = re.sub(r"[/\\\s]+", "-", overrides) or str(number)
+    if len(name.encode()) > _LONGEST_NAME:
+        name = f"{number}-{name.encode()[: _LONGEST_NAME - 20].decode(errors='ignore')}"
+    return name
+
+
+_LONGEST_NAME = 200  # bytes; file systems stop at 255
+OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
 
 
 def build(config: DictConfig, **more: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -123,6 +123,11 @@ class OnPolicyData(L.LightningDataModule):
 
         return World(self.trainer.global_rank, self.trainer.world_size, total)
 
+    def precision(self) -> AbstractContextManager[None]:
+        """The precision that the learning half computes in, for the collecting half too."""
+        assert self.trainer is not None
+        return self.trainer.precision_plugin.forward_context()
+
     @contextmanager
     def counting(self) -> Iterator[None]:
         """Make the block's tokens count for all ranks: a run's tokens are those of all its processes."""
@@ -198,7 +203,7 @@ class ExperienceLoader:
         training = student.training
         student.eval()
         try:
-            with data.counting(), unsharded(student):
+            with data.counting(), data.precision(), unsharded(student):
                 steps, report = data.collector.collect(
                     student,
                     collection,
@@ -251,7 +256,7 @@ class GradedLoader:
     def _answer(self, rows: Sequence[int]) -> Graded:
         # Gathered for each batch: Lightning does not run a loader to its end, where a block around all would close.
         collector, student = self.data.collector, self.data.student
-        with self.data.counting(), unsharded(student):
+        with self.data.counting(), self.data.precision(), unsharded(student):
             answers = collector.evaluate(
                 student, self.prompts, rows, self.sampling, self.samples, max(len(rows), 1)
             )

@@ -59,8 +59,13 @@ class Objective:
 
     @property
     def needs(self) -> Needs:
-        """What must be collected, over all parts."""
+        """What must be collected, over all parts.
+
+        A full support that no part compares on asks for nothing: it has no ids to show either.
+        """
         needs = self.support.needs
+        if needs.full and not self.uses_support:
+            needs = Needs(support=False)
         for part in (*self._parts().values(), *self.masks.values()):
             needs = needs | part.needs
         return needs

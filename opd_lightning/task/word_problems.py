@@ -73,7 +73,7 @@ class WordProblems:
         least = {"train_size": 1, "validation_size": 0, "test_size": 0}
         for name, fewest in least.items():
             size = getattr(self, name)
-            require(size >= fewest, f"task.{name}", f"be at least {fewest}", size, "use 1024")
+            require(size >= fewest, f"task.{name}", f"be at least {fewest} problems", size, "use 256")
 
     def problems(self, split: str) -> Split:
         """Return a split: ``"train"``, ``"validation"`` or ``"test"``."""
