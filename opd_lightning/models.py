@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -28,16 +29,23 @@ def load_model(path: str, field: str, dtype: str = "float32") -> PreTrainedModel
     Safetensors only, and no code of the checkpoint's own is run.
 
     Raises:
-        ConfigError: nothing that transformers can load lies there.
+        ConfigError: nothing that transformers can load lies there, or weights are missing.
     """
     _check_folder(path, field)
     check_dtype(dtype, field.replace("path", "dtype"))
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            model_path(path), dtype=getattr(torch, dtype), use_safetensors=True
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            model_path(path), dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True
         )
     except _UNLOADABLE as error:
         raise ConfigError(_sentence(path, field, error)) from error
+    model: PreTrainedModel = loaded[0]
+    # transformers draws weights that it does not find, and goes on.
+    if missing := sorted(loaded[1]["missing_keys"]):
+        raise ConfigError(
+            f"`{field}` must hold every weight of a {type(model).__name__}, got {path!r} without {len(missing)} of "
+            f"them (for example {missing[0]}); check the checkpoint and its config.json"
+        )
     return model
 
 

@@ -6,6 +6,7 @@ import json
 import re
 
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from commands.own import SUMS, save_model, shipped_tokenizer, write_rows
@@ -231,6 +232,19 @@ def test_of_weights_that_are_broken(tmp_path):
     (model / "model.safetensors").write_bytes(b"not a tensor")
     done = here("train", f"student.path={model}", folder=tmp_path / "run")
     refusal(done, "student.path", f"got '{model}'", "safetensors")
+
+
+def test_of_weights_that_are_missing(tmp_path):
+    """transformers would draw them at random and warn."""
+    model = save_model(tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    done = here("train", f"teacher.path={model}", folder=tmp_path / "run")
+    assert "Traceback" not in done.out + done.err
+    (sentence,) = [line for line in done.err.splitlines() if line.startswith("error: ")]
+    assert "`teacher.path` must hold every weight of a Qwen3ForCausalLM" in sentence
+    assert "model.layers.1.mlp.up_proj.weight" in sentence
 
 
 def test_a_refused_job_does_not_keep_the_others_from_running(tmp_path, monkeypatch):
