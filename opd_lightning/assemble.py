@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -29,8 +28,6 @@ from opd_lightning.prompts import Prompts
 from opd_lightning.protocols import Engine, RolloutSampler, Task
 from opd_lightning.scorer import Scorer, check_head
 from opd_lightning.teacher.local import FrozenScorer, LocalTeacher
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,15 +68,19 @@ def assemble(
     optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
     scheduler: Callable[[Optimizer, int], LRScheduler] | None,
     student_dtype: str = "float32",
+    head_chunk: int = 2048,
     split: str = "validation",
     seed: int = 0,
 ) -> Run:
     """Load the models and build both halves around them, cheap checks first.
 
+    ``head_chunk`` is the number of positions whose logits are alive at once, of student and teacher alike.
+
     Raises:
         ConfigError: anything that cannot work, before a weight is read wherever possible.
     """
     check_dtype(student_dtype, "student.dtype")
+    require(head_chunk >= 1, "student.head_chunk", "be at least 1 position", head_chunk, "use 2048")
     check_dtype(teacher.dtype, "teacher.dtype")
     tokenizer = load_tokenizer(student_path, "student.path")
     vocab = shared_vocabulary(
@@ -98,7 +99,7 @@ def assemble(
     held_out = task.problems(split)
     validation = Prompts(problems=held_out, tokenizer=tokenizer, seed=0, **limits) if len(held_out) else None  # type: ignore[arg-type]
     model = load_model(student_path, "student.path", student_dtype)
-    student = Scorer(model, vocab)
+    student = Scorer(model, vocab, head_chunk)
     check_head(student, student_path)
     student.train()
     stops = stop_ids(model, tokenizer)
@@ -106,7 +107,7 @@ def assemble(
     require(
         bool(covered), "teacher.path", f"know the student's stop ids {stops}", vocab, "use a wider teacher"
     )
-    frozen = teacher.load(vocab)
+    frozen = teacher.load(vocab, head_chunk)
     if objective.want.full:
         student.set_full_target(frozen.scorer, objective.estimator.divergence)  # type: ignore[attr-defined]
     collecting = Collector(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +21,6 @@ from opd_lightning.task.pretrain import Phase, Progress, Size, new_model, pretra
 from opd_lightning.task.tokenizer import build_tokenizer
 from opd_lightning.task.word_problems import WordProblems
 from opd_lightning.types import Sampling
-
-log = logging.getLogger(__name__)
 
 KEYS = {"task", "engine", "out", "roles", "seed", "problems", "tokenizer", "teacher", "student"}
 

@@ -79,7 +79,8 @@ class OnPolicyDistillation(L.LightningModule):
         logged = dict(zip(self._sums, sums.tolist(), strict=True))
         self._sums.clear()
         rate = optimizer.param_groups[0]["lr"]
-        # What the collecting half saw of the responses behind this step; on the first step after a collection.
+        # What the collecting half saw of the responses behind this step. It is given once a collection, and
+        # Lightning repeats it at the collection's other steps.
         collected: dict[str, float] = getattr(
             getattr(self.trainer, "datamodule", None), "take_metrics", dict
         )()

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from opd_lightning.errors import ConfigError
+from opd_lightning.functional.masked import weighted_sum
 from opd_lightning.protocols import Estimator, Mask, Reduction, Regularizer, Support
 from opd_lightning.types import Experience, Needs, Origin, Rollout, Scores, TokenLoss, Want
 
@@ -110,11 +110,6 @@ class Objective:
         contributes nothing, even if its value is not finite.
         """
         loss = self.token_loss(scores, experience, progress)
-        value = _shared(loss.value * loss.weight, experience.share)
-        metrics = {name: _shared(m.detach(), experience.share) for name, m in loss.metrics.items()}
+        value = weighted_sum(loss.value * loss.weight, experience.share)
+        metrics = {name: weighted_sum(m.detach(), experience.share) for name, m in loss.metrics.items()}
         return value, metrics
-
-
-def _shared(value: Float[Tensor, "batch time"], share: Float[Tensor, "batch time"]) -> Float[Tensor, ""]:
-    inside = share > 0
-    return (torch.where(inside, value, torch.zeros_like(value)) * share).sum()

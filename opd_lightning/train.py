@@ -40,7 +40,7 @@ KEYS = {
     *("task", "student", "teacher", "engine", "rollout", "support", "estimator", "divergence", "reward"),
     *("regularizer", "mask", "reduction", "collector", "evaluation", "optimizer", "scheduler", "trainer"),
     *("strategy", "logger", "callbacks", "seed"),
-    *("student.path", "student.dtype"),
+    *("student.path", "student.dtype", "student.head_chunk"),
     *("evaluation.split", "evaluation.every_steps", "evaluation.settings", "evaluation.teacher"),
     *(f"collector.{field.name}" for field in fields(CollectorSettings)),
 }
@@ -74,6 +74,7 @@ def run_from(config: DictConfig) -> Run:
         teacher=build(config.teacher),
         student_path=config.student.path,
         student_dtype=config.student.dtype,
+        head_chunk=config.student.head_chunk,
         split=config.evaluation.split,
         seed=config.seed,
     )

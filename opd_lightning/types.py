@@ -101,7 +101,7 @@ class PromptBatch(TensorValue):
     """Tokenized prompts, left-padded, with the problems they came from and one random seed per row.
 
     A row's rollout depends on its prompt, the weights, the sampling settings and ``seeds[row]``, and
-    on nothing else: not on its neighbours, their number or their order.
+    on nothing else: not on its neighbours, their number or their order, up to rounding of the logits.
     """
 
     ids: Int[Tensor, "batch prompt"]

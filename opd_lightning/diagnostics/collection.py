@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
+from opd_lightning.functional.divergence import log_mass
 from opd_lightning.types import Experience, Finish, Graded, Scores
 
 
@@ -25,7 +25,7 @@ class CollectionReport:
     def means(self, total: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, float]:
         """Return the means over all ranks; ``total`` sums a tensor over them. Empty ones are left out."""
         table = torch.tensor(list(self.sums.values()), dtype=torch.float64, device=device)
-        sums = total(table.float() if device.type == "mps" else table).cpu()
+        sums = total(table).cpu()
         return {name: float(s / n) for name, (s, n) in zip(self.sums, sums, strict=True) if n > 0}
 
 
@@ -68,16 +68,14 @@ def _probed(rows: Experience, student: Scores) -> dict[str, tuple[float, float]]
     if student.support_logp is not None:
         assert rows.support_valid is not None
         assert rows.support_teacher_logp is not None
-        sums["support/student_mass"] = _over(_mass(student.support_logp, rows.support_valid)[mask])
-        sums["support/teacher_mass"] = _over(_mass(rows.support_teacher_logp, rows.support_valid)[mask])
+        sums["support/student_mass"] = _over(log_mass(student.support_logp, rows.support_valid)[mask].exp())
+        sums["support/teacher_mass"] = _over(
+            log_mass(rows.support_teacher_logp, rows.support_valid)[mask].exp()
+        )
         assert rows.support_ids is not None
         covers = ((rows.support_ids == rows.rollout.ids.unsqueeze(-1)) & rows.support_valid).any(-1)
         sums["support/covers_taken"] = _over(covers[mask])
     return sums
-
-
-def _mass(logp: Float[Tensor, "batch time k"], valid: Tensor) -> Float[Tensor, "batch time"]:
-    return torch.where(valid, logp.exp(), torch.zeros_like(logp)).sum(-1)
 
 
 def _over(values: Tensor) -> tuple[float, float]:

@@ -19,6 +19,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from opd_lightning.task.tokenizer import padded_size
 from opd_lightning.types import Problem
 
 _IGNORED = -100
@@ -67,7 +68,7 @@ def new_model(size: Size, tokenizer: PreTrainedTokenizerFast, seed: int) -> PreT
     torch.manual_seed(seed)
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     config = Qwen3Config(
-        vocab_size=-(-len(tokenizer) // 16) * 16,
+        vocab_size=padded_size(tokenizer),
         hidden_size=size.hidden,
         intermediate_size=size.feed_forward,
         num_hidden_layers=size.layers,

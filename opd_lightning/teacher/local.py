@@ -25,14 +25,14 @@ class LocalTeacher:
     path: str
     dtype: str
 
-    def load(self, vocab: int | None = None, device: torch.device | str = "cpu") -> FrozenScorer:
-        """Load the model, frozen and in evaluation mode, to be read up to ``vocab`` ids.
+    def load(self, vocab: int | None = None, chunk: int = 2048) -> FrozenScorer:
+        """Load the model, frozen and in evaluation mode, to be read up to ``vocab`` ids, ``chunk`` positions at once.
 
         Raises:
             ConfigError: nothing that can be loaded lies at ``path``, or its head is not supported.
         """
         model = load_model(self.path, "teacher.path", self.dtype).eval().requires_grad_(False)
-        scorer = Scorer(model.to(device), vocab)  # type: ignore[arg-type]
+        scorer = Scorer(model, vocab, chunk)
         check_head(scorer, self.path)
         return FrozenScorer(scorer)
 
