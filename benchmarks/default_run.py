@@ -1,6 +1,6 @@
 """Does the default run do what the README says? Three seeds, a table and a dated result.
 
-python benchmarks/default_run.py            # seeds 0 1 2, about two minutes each on two idle cores
+python benchmarks/default_run.py            # seeds 0 1 2, about 75 s each on two cores
 python benchmarks/default_run.py 3 4 -- estimator=token support=none optimizer.lr=5e-4
 """
 
