@@ -23,14 +23,14 @@ class Jsonl:
     ``response`` is a gold response, ``difficulty`` a label that evaluation groups by.
 
     Args:
-        path: training problems, ``.jsonl`` or ``.parquet``.
+        path: training problems, ``.jsonl`` or ``.parquet``; None where only held-out ones are asked for.
         val_path, test_path: held-out problems; None for none.
 
     Raises:
-        ConfigError: a file that is missing or empty, or a row that cannot be read, with its line number.
+        ConfigError: no file to train on, one that is missing or empty, or a row that cannot be read, with its line number.
     """
 
-    path: str
+    path: str | None = None
     val_path: str | None = None
     test_path: str | None = None
 
@@ -47,6 +47,8 @@ class Jsonl:
         files = self._files()
         require(split in files, "split", f"be one of {', '.join(files)}", split, "use validation")
         name = files[split]
+        if name is None and split == "train":
+            raise ConfigError("`task.path` must be given, got nothing; add task.path=train.jsonl")
         if name is None:
             return []
         field, rows = _field(split), _rows(Path(name).expanduser(), _field(split))

@@ -148,10 +148,16 @@ def test_parquet_without_pyarrow(tmp_path, monkeypatch):
 
 def test_the_yaml_names_every_setting(good):
     written = OmegaConf.load(CONF_DIR / "task" / "jsonl.yaml")
-    assert OmegaConf.is_missing(written, "path")
     assert written.pop("_target_") == "opd_lightning.task.jsonl.Jsonl"
     written.path = good
     assert Jsonl(**written) == Jsonl(path=good)
+
+
+def test_evaluation_alone_needs_no_training_file(good):
+    task = Jsonl(val_path=good)
+    assert len(task.problems("validation")) > 0
+    with pytest.raises(ConfigError, match=r"`task.path` must be given"):
+        task.problems("train")
 
 
 def test_a_chat_under_prompt_is_read_as_messages(tmp_path):
