@@ -60,8 +60,6 @@ def objective_from(config: DictConfig) -> Objective:
 def run_from(config: DictConfig) -> Run:
     """Build a run, cheap parts before models."""
     objective = objective_from(config)
-    if objective.support.needs.support and not objective.uses_support:
-        log.info("the support only feeds the diagnostics: %s does not use one", config.estimator._target_)
     return assemble(
         objective=objective,
         rollout=build(config.rollout),
@@ -88,6 +86,14 @@ def optimizer_from(config: DictConfig) -> Any:
     except (TypeError, ValueError) as error:
         raise refused(config.optimizer, error) from error
     return make
+
+
+def say_unused_support(objective: Objective) -> None:
+    """Say that no part of the loss reads the support; a full one is then not even collected."""
+    if objective.support.needs.support and not objective.uses_support:
+        name = type(objective.estimator).__name__
+        use = "is left out" if objective.support.needs.full else "only feeds the diagnostics"
+        log.info("the support %s: estimator %s does not use one", use, name)
 
 
 def trainer_from(config: DictConfig, history: EvaluationHistory, folder: Path) -> L.Trainer:
@@ -184,7 +190,9 @@ def train(config: DictConfig, folder: Path, overrides: list[str]) -> dict[str, A
     history = EvaluationHistory()
     trainer = trainer_from(config, history, folder)
     run = run_from(config)
+    run.data.collector.check_world(trainer.world_size)  # before a child process starts
     if trainer.is_global_zero:
+        say_unused_support(run.module.objective)
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(config, folder / "config.yaml", resolve=True)
         print(plan(config, run, folder), flush=True)

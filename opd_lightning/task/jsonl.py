@@ -27,7 +27,8 @@ class Jsonl:
         val_path, test_path: held-out problems; None for none.
 
     Raises:
-        ConfigError: no file to train on, one that is missing or empty, or a row that cannot be read, with its line number.
+        ConfigError: no file to train on, one that is missing or empty, or a
+            row that cannot be read, with its line number.
     """
 
     path: str | None = None
