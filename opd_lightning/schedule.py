@@ -93,7 +93,7 @@ def value_at(x: float | Schedule, progress: float) -> float:
     return x.value(progress) if isinstance(x, Schedule) else float(x)
 
 
-def within(x: float | Schedule, low: float, high: float) -> bool:
+def within(x: object, low: float, high: float) -> bool:
     """Return whether ``x`` is a number, or a schedule, that never leaves [low, high]: to check a field."""
     if not isinstance(x, (int, float, Schedule)):
         return False
