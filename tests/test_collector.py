@@ -73,7 +73,7 @@ def collector(teacher, **changes) -> Collector:
             reduction=TokenMean(),
         ),
         "tokenizer": TOKENIZER,
-        "stop_ids": (2,),
+        "stop_ids": tuple(range(0, WIDTH, 8)),  # about every eighth token: ragged responses
         "prompts_per_collection": 8,
         "steps_per_collection": 2,
         "score_rows": 5,
@@ -103,6 +103,9 @@ def test_steps_and_micro_batches_hold_every_row_once(student, teacher):
     steps, _ = collect(collector(teacher), student, accumulate=3)
     assert [len(step) for step in steps] == [3, 3]
     assert sum(len(part.share) for step in steps for part in step) == 8 * 2
+    rows = joined(steps)
+    assert len(rows) == 16  # two samples of a prompt have seeds, and so tokens, of their own
+    assert len({tuple(ids.tolist()) for ids, _ in rows.values()}) == 16
     for step in steps:
         assert sum(float(part.share.sum()) for part in step) == pytest.approx(1.0, abs=1e-6)
         assert len({part.rollout.version for part in step}) == 1
@@ -118,6 +121,7 @@ def test_the_support_carries_the_teacher_s_log_probs(student, teacher, support):
         estimator=TopK(divergence=ReverseKL(), form="tail"), support=support, reduction=TokenMean()
     )
     steps, _ = collect(collector(teacher, objective=objective), student)
+    assert any(not part.rollout.mask.all() for (part,) in steps)
     for (part,) in steps:
         ids, valid, mask = part.support_ids, part.support_valid, part.rollout.mask
         own = student(part.rollout.tokens, Want(top=4))
@@ -177,6 +181,7 @@ def test_two_ranks_collect_what_one_process_collects(student, teacher):
         alone = joined([whole[step]])
         together = joined([ranks[0][0][step]]) | joined([ranks[1][0][step]])
         assert alone.keys() == together.keys()
+        assert not joined([ranks[0][0][step]]).keys() & joined([ranks[1][0][step]]).keys()
         assert all(torch.equal(alone[k][0], together[k][0]) for k in alone)
 
 
@@ -190,7 +195,7 @@ def test_collections_differ_and_repeat(student, teacher):
 
 def test_horizons_follow_their_schedules(student, teacher):
     rollout = replace(ROLLOUT, max_new_tokens=10, loss_horizon=Linear(start=2, end=8), early_stop=True)
-    made = collector(teacher, rollout=rollout)
+    made = collector(teacher, rollout=rollout, stop_ids=(2,))  # hardly any ends by itself
     for progress, horizon in ((0.0, 2), (0.5, 5), (1.0, 8)):
         steps, _ = collect(made, student, progress=progress)
         for (part,) in steps:
