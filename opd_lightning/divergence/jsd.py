@@ -16,13 +16,14 @@ class JSD:
     """beta KL(T||M) + (1 - beta) KL(S||M) with M = beta T + (1 - beta) S (GKD, arXiv 2306.13649).
 
     ``beta`` = 0 is forward KL and 1 is reverse KL by name, not by limit: 0.001 is about 0.001 times
-    forward KL.
+    forward KL. ``scaled`` divides by beta (1 - beta), and then 0.001 is about forward KL.
 
     Raises:
-        ConfigError: if ``beta`` lies outside [0, 1].
+        ConfigError: if ``beta`` lies outside [0, 1] or ``scaled`` is no truth value.
     """
 
     beta: float
+    scaled: bool = False
 
     def __post_init__(self) -> None:
         require(
@@ -32,6 +33,13 @@ class JSD:
             self.beta,
             "use 0.5 for the symmetric divergence",
         )
+        require(
+            isinstance(self.scaled, bool),
+            "divergence.scaled",
+            "be true or false",
+            self.scaled,
+            "use false for the published divergence",
+        )
 
     def __call__(
         self,
@@ -39,5 +47,5 @@ class JSD:
         teacher_logp: Float[Tensor, "*batch k"],
         valid: Bool[Tensor, "*batch k"] | None = None,
     ) -> Float[Tensor, "*batch"]:
-        """Return the divergence, nats; inside (0, 1) at most the entropy of a coin with bias beta."""
-        return divergence.jsd(student_logp, teacher_logp, valid, beta=self.beta)
+        """Return the divergence, nats; in (0, 1) and unscaled, at most the entropy of a coin of bias beta."""
+        return divergence.jsd(student_logp, teacher_logp, valid, beta=self.beta, scaled=self.scaled)

@@ -57,12 +57,16 @@ def jsd(
     valid: Bool[Tensor, "*batch k"] | None = None,
     *,
     beta: float,
+    scaled: bool = False,
 ) -> Float[Tensor, "*batch"]:
     """Return JSD_beta = beta KL(T||M) + (1 - beta) KL(S||M) with M = beta T + (1 - beta) S.
 
     Agarwal et al. 2023 (GKD, arXiv 2306.13649). By their convention beta = 0 *is* forward
     KL and beta = 1 *is* reverse KL. That is a jump and no limit: inside (0, 1) the value tends to 0
     at both ends, where JSD_beta / beta -> KL(T||S) and JSD_beta / (1 - beta) -> KL(S||T).
+
+    ``scaled`` returns JSD_beta / (beta (1 - beta)) inside (0, 1), which runs from one KL to the other
+    without a jump. In float32 its rounding error is about 1e-7 / min(beta, 1 - beta).
 
     Raises:
         ValueError: if ``beta`` lies outside [0, 1].
@@ -75,7 +79,8 @@ def jsd(
         return reverse_kl(student_logp, teacher_logp, valid)
     student, teacher = _read(student_logp, teacher_logp, valid)
     mixture = _mix(beta, teacher, student)
-    return beta * _kl(teacher, mixture) + (1.0 - beta) * _kl(student, mixture)
+    value = beta * _kl(teacher, mixture) + (1.0 - beta) * _kl(student, mixture)
+    return value / (beta * (1.0 - beta)) if scaled else value
 
 
 def skewed(
@@ -103,11 +108,56 @@ def skewed(
     return _kl(first, _mix(alpha, first, second))
 
 
+def generalised_reverse_kl(
+    student_logp: Float[Tensor, "*batch k"],
+    teacher_logp: Float[Tensor, "*batch k"],
+    valid: Bool[Tensor, "*batch k"] | None = None,
+) -> Float[Tensor, "*batch"]:
+    """Return sum_v [S(v) log(S(v) / T(v)) - S(v) + T(v)].
+
+    Each term is at least 0, with equality at S(v) = T(v) alone, even where the rows hold less than all
+    the mass; on rows that sum to 1 it is KL(S||T). On full-vocabulary log-probs of a support (form
+    ``plain``) its gradient is exactly that part of the full reverse KL's that comes from the support:
+
+        dL/dz_j = S_j (log(S_j/T_j) - L_raw) on the support,  -S_j L_raw off it,
+
+    with the truncated L_raw = sum_v S(v) log(S(v) / T(v)), whose own gradient pushes mass out (Revisiting
+    OPD, arXiv 2603.25562). Rounding may leave a value just below 0.
+    """
+    student, teacher = _read(student_logp, teacher_logp, valid)
+    return _generalised_kl(student, teacher)
+
+
+def generalised_forward_kl(
+    student_logp: Float[Tensor, "*batch k"],
+    teacher_logp: Float[Tensor, "*batch k"],
+    valid: Bool[Tensor, "*batch k"] | None = None,
+) -> Float[Tensor, "*batch"]:
+    """Return sum_v [T(v) log(T(v) / S(v)) - T(v) + S(v)], as :func:`generalised_reverse_kl`.
+
+    On full-vocabulary log-probs of a support that holds the masses P_S and P_T:
+
+        dL/dz_j = P_T S_j - T_j + S_j (1 - P_S) on the support,  P_T S_j - S_j P_S off it.
+    """
+    student, teacher = _read(student_logp, teacher_logp, valid)
+    return _generalised_kl(teacher, student)
+
+
+def total_variation(
+    student_logp: Float[Tensor, "*batch k"],
+    teacher_logp: Float[Tensor, "*batch k"],
+    valid: Bool[Tensor, "*batch k"] | None = None,
+) -> Float[Tensor, "*batch"]:
+    """Return 1/2 sum_v |S(v) - T(v)|, in [0, 1]; of a support without all the mass, only its part."""
+    student, teacher = _read(student_logp, teacher_logp, valid)
+    return 0.5 * (student.exp() - teacher.exp()).abs().sum(-1)
+
+
 def plain(logp: Float[Tensor, "*batch k"], valid: Bool[Tensor, "*batch k"]) -> Float[Tensor, "*batch k"]:
     """Return the log-probs as they are, with ``LOG_ZERO`` at the entries that do not exist.
 
-    A divergence of these is the raw truncated sum: it may be negative and it sees mass leave the
-    support as a gain (Revisiting OPD, arXiv 2603.25562: the variant that collapses).
+    A KL of these is the raw truncated sum: it may be negative and it sees mass leave the support as a
+    gain (Revisiting OPD, arXiv 2603.25562: the variant that collapses). The generalised KLs do not.
     """
     return torch.where(valid, _upcast(logp), LOG_ZERO).clamp(min=LOG_ZERO)
 
@@ -174,6 +224,11 @@ def _read(student_logp: Tensor, teacher_logp: Tensor, valid: Tensor | None) -> t
 
 def _kl(first: Tensor, second: Tensor) -> Tensor:
     return (first.exp() * (first - second)).sum(-1)
+
+
+def _generalised_kl(first: Tensor, second: Tensor) -> Tensor:
+    p = first.exp()
+    return (p * (first - second) - p + second.exp()).sum(-1)
 
 
 def _mix(weight: float, first: Tensor, second: Tensor) -> Tensor:

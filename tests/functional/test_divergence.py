@@ -8,15 +8,25 @@ import torch
 from jaxtyping import TypeCheckError
 from torch.distributions import Categorical, kl_divergence
 
-from opd_lightning.functional.divergence import forward_kl, jsd, reverse_kl, skewed
+from opd_lightning.functional.divergence import (
+    forward_kl,
+    generalised_forward_kl,
+    generalised_reverse_kl,
+    jsd,
+    reverse_kl,
+    skewed,
+)
 
 EVERY = {
     "reverse_kl": reverse_kl,
     "forward_kl": forward_kl,
     "jsd .5": partial(jsd, beta=0.5),
     "jsd .2": partial(jsd, beta=0.2),
+    "jsd .2 scaled": partial(jsd, beta=0.2, scaled=True),
     "skewed forward": partial(skewed, alpha=0.1, direction="forward"),
     "skewed reverse": partial(skewed, alpha=0.1, direction="reverse"),
+    "generalised_reverse_kl": generalised_reverse_kl,
+    "generalised_forward_kl": generalised_forward_kl,
 }
 every = pytest.mark.parametrize("divergence", EVERY.values(), ids=EVERY.keys())
 
@@ -41,10 +51,15 @@ KNOWN = {
     # = .085669; KL(S||M) = .5 log(.5/.45) + .5 log(.5/.55) = .052680 - .047655 = .005025;
     # .2 * .085669 + .8 * .005025
     "jsd .2": 0.021154,
+    # .021154 / (.2 * .8)
+    "jsd .2 scaled": 0.132212,
     # M = .1 T + .9 S = (.475, .525); .25 log(.25/.475) + .75 log(.75/.525) = -.160463 + .267506
     "skewed forward": 0.107043,
     # M = .1 S + .9 T = (.275, .725); .5 log(.5/.275) + .5 log(.5/.725) = .298918 - .185782
     "skewed reverse": 0.113137,
+    # Both rows sum to 1: nothing is added.
+    "generalised_reverse_kl": 0.143841,
+    "generalised_forward_kl": 0.130812,
 }
 
 
@@ -89,8 +104,8 @@ def test_skewed_equals_torch_distributions(alpha):
     torch.testing.assert_close(got, expected)
 
 
+# numerics 11.7
 def test_jsd_ends_by_name_and_by_limit():
-    """numerics.md section 11, point 7."""
     s, t = pair(8)
     student, teacher = s.log_softmax(-1), t.log_softmax(-1)
     forward, reverse = forward_kl(student, teacher), reverse_kl(student, teacher)
@@ -104,6 +119,16 @@ def test_jsd_ends_by_name_and_by_limit():
     assert jsd(student, teacher, beta=0.3) != jsd(teacher, student, beta=0.3)
 
 
+# numerics 11.7
+def test_scaled_jsd_runs_from_one_kl_to_the_other():
+    s, t = pair(8)
+    scaled = partial(jsd, s.log_softmax(-1), t.log_softmax(-1), scaled=True)
+    forward, reverse = scaled(beta=0.0).item(), scaled(beta=1.0).item()
+    assert scaled(beta=1e-7).item() == pytest.approx(forward, rel=1e-5)
+    assert scaled(beta=1 - 1e-7).item() == pytest.approx(reverse, rel=1e-5)
+    assert abs(forward - reverse) > 0.02
+
+
 def test_jsd_is_bounded_by_the_entropy_of_beta():
     student = torch.tensor([1.0, 0.0], dtype=torch.float64).log()
     teacher = torch.tensor([0.0, 1.0], dtype=torch.float64).log()
@@ -115,15 +140,16 @@ def test_jsd_is_bounded_by_the_entropy_of_beta():
 
 def section_1(name, s, t):
     """The gradients by hand, from probabilities."""
-    if name == "forward_kl":
+    if name.endswith("forward_kl"):
         return s - t
-    if name == "reverse_kl":
+    if name.endswith("reverse_kl"):
         ratio = (s / t).log()
         return s * (ratio - (s * ratio).sum(-1, keepdim=True))
     if name.startswith("jsd"):
         beta = float(name.split()[1])
         ratio = (s / (beta * t + (1 - beta) * s)).log()
-        return (1 - beta) * s * (ratio - (s * ratio).sum(-1, keepdim=True))
+        scale = 1 / beta / (1 - beta) if name.endswith("scaled") else 1
+        return scale * (1 - beta) * s * (ratio - (s * ratio).sum(-1, keepdim=True))
     if name == "skewed forward":
         a = 0.9 * t / (0.1 * t + 0.9 * s)
         return s * ((s * a).sum(-1, keepdim=True) - a)
@@ -132,19 +158,21 @@ def section_1(name, s, t):
     return s * (h - (s * h).sum(-1, keepdim=True))
 
 
+# numerics 11.2
 @pytest.mark.parametrize("name", EVERY)
 def test_gradient_by_the_table(name):
-    """numerics.md section 11, point 2: the gradients of section 1 with respect to the student's logits."""
+    """The gradients of section 1 with respect to the student's logits."""
     s, t = pair(3, 6)
     EVERY[name](s.log_softmax(-1), t.log_softmax(-1)).sum().backward()
     expected = section_1(name, s.detach().softmax(-1), t.softmax(-1))
     torch.testing.assert_close(s.grad, expected, atol=1e-12, rtol=0)
 
 
+# numerics 11.17
 @every
 @pytest.mark.parametrize("temperature", [0.5, 3.0])
 def test_temperature_scales_the_gradient(divergence, temperature):
-    """numerics.md section 11, point 17: gradients are 1/tau times those at the divided logits."""
+    """Gradients are 1/tau times those at the divided logits."""
     s, t = pair(4, 6)
     divergence((s / temperature).log_softmax(-1), (t / temperature).log_softmax(-1)).sum().backward()
     cooled = (s.detach() / temperature).requires_grad_()
@@ -194,11 +222,12 @@ def test_what_is_not_valid_does_not_matter(divergence, garbage):
     torch.testing.assert_close(student.grad[0, [0, 1, 3]], kept_s.grad[0])
 
 
+# numerics 11.24
 @every
 @pytest.mark.parametrize("zero", ["student", "teacher", "both"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_zero_probabilities_stay_finite(divergence, zero, dtype):
-    """numerics.md section 11, point 24: p = 0 entries."""
+    """Categories that one or both of the models exclude."""
     s, t = pair(4, 5, dtype=dtype)
     block = torch.zeros(5, dtype=dtype)
     block[2] = -float("inf")
@@ -214,8 +243,9 @@ def test_zero_probabilities_stay_finite(divergence, zero, dtype):
         torch.testing.assert_close(value, expected)
 
 
+# numerics 11.24
 def test_one_hot_teacher():
-    """numerics.md section 11, point 24: KL(T||S) is the cross-entropy -log S(v)."""
+    """KL(T||S) is the cross-entropy -log S(v)."""
     s, _ = pair(5)
     teacher = torch.full((5,), -float("inf"), dtype=torch.float64)
     teacher[3] = 0.0
@@ -224,10 +254,11 @@ def test_one_hot_teacher():
     assert reverse_kl(s.log_softmax(-1), teacher).item() > 100
 
 
+# numerics 11.28
 @every
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_computes_in_float32_or_more(divergence, dtype):
-    """numerics.md section 11, point 28: half-precision inputs, float32 arithmetic."""
+    """Half-precision inputs, float32 arithmetic."""
     s, t = pair(6, 8)
     student, teacher = s.detach().log_softmax(-1).to(dtype), t.log_softmax(-1).to(dtype)
     value = divergence(student, teacher)

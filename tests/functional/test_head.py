@@ -146,8 +146,9 @@ def test_tied_head():
         same_gradients(got, expected, [head.weight])
 
 
+# numerics 11.25
 def test_sliced_head_is_a_smaller_vocabulary():
-    """numerics.md section 11, point 25: cut before the softmax, no gradient beyond the cut."""
+    """Cut before the softmax, no gradient beyond the cut."""
     hidden, head, ids = make()
     shared = replace(head, weight=head.weight[:9])
     ids = ids % 9
@@ -225,8 +226,9 @@ def test_gathered_rows_stay_within_the_limit(monkeypatch):
     assert max(sizes) == limit
 
 
+# numerics 11.28
 def test_bf16_head_against_float64():
-    """numerics.md section 11, point 28. Inputs are exact in bf16; only the logits are rounded, by 2^-9."""
+    """Inputs are exact in bf16; only the logits are rounded, by 2^-9."""
     hidden, head, ids = make(200, dtype=torch.bfloat16)
     reference = dense(hidden.double(), replace(head, weight=head.weight.double()))
     bound = 2.0**-9 * reference.abs().max().item()

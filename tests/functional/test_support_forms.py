@@ -58,8 +58,8 @@ def test_known_numbers():
     assert list(FORMS.items()) == [("renormalised", renormalise), ("tail", with_tail), ("plain", plain)]
 
 
+# numerics 11.3
 def test_renormalised_gradients(models):
-    """numerics.md section 11, point 3."""
     logits, s, t = models
     s_hat, t_hat = s[SUPPORT] / s[SUPPORT].sum(), t[SUPPORT] / t[SUPPORT].sum()
     ratio = (s_hat / t_hat).log()
@@ -73,24 +73,27 @@ def test_renormalised_gradients(models):
     assert got[outside].abs().max() < 1e-16
 
 
+# numerics 11.3
 def test_renormalised_ignores_a_constant_and_itself(models):
-    """numerics.md section 11, point 3: logits, log-probs and renormalised log-probs give the same."""
+    """Logits, log-probs and renormalised log-probs give the same."""
     logits, _, _ = models
     expected = renormalise(logits.log_softmax(-1)[SUPPORT])
     close(renormalise(logits[SUPPORT] + 12.5), expected)
     close(renormalise(expected), expected)
 
 
+# numerics 11.3
 def test_renormalised_over_one_id_is_nothing(models):
-    """numerics.md section 11, point 3: zero at K = 1, and so is the gradient."""
+    """Zero at K = 1, and so is the gradient."""
     logits, _, t = models
     value = reverse_kl(renormalise(logits[:1]), renormalise(t.log()[:1]))
     assert value == 0
     assert (torch.autograd.grad(value, logits)[0] == 0).all()
 
 
+# numerics 11.4
 def test_raw_reverse_kl(models):
-    """numerics.md section 11, point 4, the raw half: value, gradients on and off the support, minimiser."""
+    """Value, gradients on and off the support, minimiser."""
     logits, s, t = models
     mass_s, mass_t = s[SUPPORT].sum(), t[SUPPORT].sum()
     conditional = reverse_kl(renormalise(s.log()[SUPPORT]), renormalise(t.log()[SUPPORT]))
@@ -119,8 +122,9 @@ def test_raw_forward_kl(models):
     close(got, expected)
 
 
+# numerics 11.5
 def test_tail_gradients(models):
-    """numerics.md section 11, point 5: section 3's gradients with the tail as one more category."""
+    """Section 3's gradients with the tail as one more category."""
     logits, s, t = models
     off_s, off_t = 1 - s[SUPPORT].sum(), 1 - t[SUPPORT].sum()
     value, got = gradient(logits, with_tail, reverse_kl, t)
@@ -134,9 +138,10 @@ def test_tail_gradients(models):
     close(got, expected)
 
 
+# numerics 11.5
 @pytest.mark.parametrize("divergence", [reverse_kl, forward_kl])
 def test_tail_grows_with_the_support_up_to_the_whole(models, divergence):
-    """numerics.md section 11, point 5: monotone, below the full KL, equal to it at K = V - 1."""
+    """Monotone, below the full KL, equal to it at K = V - 1."""
     logits, s, t = models
     whole = divergence(s.log(), t.log())
     order = torch.randperm(VOCAB, generator=torch.Generator().manual_seed(0))
@@ -152,9 +157,10 @@ def test_tail_grows_with_the_support_up_to_the_whole(models, divergence):
     close(got, expected)
 
 
+# numerics 11.2
 @pytest.mark.parametrize("form", FORMS)
 def test_the_whole_vocabulary_as_support_is_the_full_divergence(models, form):
-    """numerics.md section 11, point 2 at K = V, for every divergence."""
+    """At K = V, for every divergence."""
     logits, s, t = models
     change, everything = FORMS[form], torch.ones(VOCAB, dtype=torch.bool)
     for divergence in (
@@ -207,9 +213,9 @@ def test_entries_that_do_not_exist_do_not_matter(models, form, garbage):
     assert log_mass(student, exists)[1].exp() == 0
 
 
+# numerics 11.24
 @pytest.mark.parametrize("form", FORMS)
 def test_zero_probabilities_on_a_support_stay_finite(form):
-    """numerics.md section 11, point 24."""
     logits = torch.tensor([0.0, 1.0, -float("inf")]).requires_grad_()
     teacher = torch.tensor([0.0, -float("inf"), -float("inf")])
     value = reverse_kl(FORMS[form](logits.log_softmax(-1), valid()), FORMS[form](teacher, valid()))
@@ -218,9 +224,10 @@ def test_zero_probabilities_on_a_support_stay_finite(form):
     assert logits.grad.isfinite().all()
 
 
+# numerics 11.24
 @pytest.mark.parametrize("form", FORMS)
 def test_a_support_without_any_probability_stays_finite(form):
-    """numerics.md section 11, point 24: every listed id has p = 0, as under a one-hot model elsewhere."""
+    """Every listed id has p = 0, as under a one-hot model elsewhere."""
     nothing = torch.full((3,), -float("inf"), requires_grad=True)
     value = reverse_kl(FORMS[form](nothing, valid()), FORMS[form](torch.tensor([-1.0, -2.0, -3.0]), valid()))
     value.backward()

@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from opd_lightning.divergence.forward_kl import ForwardKL
+from opd_lightning.divergence.generalised_forward_kl import GeneralisedForwardKL
+from opd_lightning.divergence.generalised_reverse_kl import GeneralisedReverseKL
 from opd_lightning.divergence.jsd import JSD
 from opd_lightning.divergence.reverse_kl import ReverseKL
 from opd_lightning.divergence.skewed import Skewed
@@ -35,7 +37,10 @@ def jsd(s, t, beta):
 DIVERGENCES = {
     "reverse_kl": (ReverseKL(), kl),
     "forward_kl": (ForwardKL(), lambda s, t: kl(t, s)),
+    "generalised_reverse_kl": (GeneralisedReverseKL(), lambda s, t: (s * (s / t).log() - s + t).sum()),
+    "generalised_forward_kl": (GeneralisedForwardKL(), lambda s, t: (t * (t / s).log() - t + s).sum()),
     "jsd": (JSD(beta=0.3), partial(jsd, beta=0.3)),
+    "jsd scaled": (JSD(beta=0.3, scaled=True), lambda s, t: jsd(s, t, 0.3) / 0.21),
     "jsd 0": (JSD(beta=0.0), lambda s, t: kl(t, s)),
     "jsd 1": (JSD(beta=1.0), kl),
     "skewed reverse": (Skewed(alpha=0.1, direction="reverse"), lambda s, t: kl(s, 0.1 * s + 0.9 * t)),
