@@ -66,7 +66,7 @@ def variances_table(rows: list[dict[str, Any]]) -> Table:
             str(row["seed"]),
             row["task"],
             *(_cell(value, ".3g") for value in row["late_median_variance"]),
-            _cell(row["ratio"], ".1f"),
+            _cell(row["ratio"], ".3g"),
             "yes" if row["monotone"] else "no",
             f"{ends[0]} ({row['target']:g})",
             ends[-1],

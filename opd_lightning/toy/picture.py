@@ -46,11 +46,13 @@ def variance_figure(settings: GammaExperiment, measured: Measured) -> Figure:
     panels = figure.subplots(len(settings.seeds), len(TASKS), squeeze=False, sharex=True, sharey="row")
     for (s, t), panel in np.ndenumerate(panels):
         curves = of_task(measured.variance[s], t)
-        iterations = torch.arange(curves.shape[-1]) * len(TASKS) + t + 1
+        iterations = np.arange(curves.shape[-1]) * len(TASKS) + t + 1
         for g, (curve, gamma) in enumerate(zip(curves, settings.gammas, strict=True)):
             colour = colormaps["viridis"](0.9 * g / (len(settings.gammas) - 1))
-            panel.semilogy(iterations, curve, color=colour, alpha=0.15, linewidth=0.5)
-            panel.semilogy(iterations, _smooth(curve), color=colour, linewidth=1.2, label=f"γ = {gamma:g}")
+            panel.semilogy(iterations, curve.numpy(), color=colour, alpha=0.15, linewidth=0.5)
+            panel.semilogy(
+                iterations, _smooth(curve).numpy(), color=colour, linewidth=1.2, label=f"γ = {gamma:g}"
+            )
         panel.set_title(f"{TASKS[t].name} task, seed {settings.seeds[s]}", fontsize=9)
         panel.tick_params(labelsize=8)
     for panel in panels[:, 0]:
@@ -105,7 +107,7 @@ def visits_figure(settings: GammaExperiment, measured: Measured) -> Figure:
         positions = measured.positions[t, s, g]
         end, extent = positions[:, -1].mean(), (-0.5, settings.horizon + 0.5, -REACH, REACH)
         panel.imshow(
-            visitation(positions),
+            visitation(positions).numpy(),
             norm=PowerNorm(0.5, 0, 1),
             extent=extent,
             aspect="auto",

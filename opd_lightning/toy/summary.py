@@ -107,7 +107,7 @@ def _arrivals(rows: Sequence[dict[str, Any]], at: int) -> str:
     off = max((math.inf if e is None else abs(e - r["target"])) for e, r in zip(ends, rows, strict=True))
     return (
         f"gamma {rows[0]['gammas'][at]:g} ends at its target in {sum(near)} of {len(rows)} cases, "
-        f"at most {off:.2f} away on average"
+        f"mean position at most {off:.2f} away"
     )
 
 

@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
-from opd_lightning import evaluate, train
+from opd_lightning import evaluate, toy_gamma, train
 
-MAINS = {"train": train.main, "evaluate": evaluate.main}
+MAINS = {"train": train.main, "evaluate": evaluate.main, "toy_gamma": toy_gamma.main}
 
 
 @dataclass(frozen=True)
