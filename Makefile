@@ -30,8 +30,8 @@ test: setup-dev  ## the default suite
 test-slow: setup-dev  ## whole runs, notebooks, the wheel, two processes
 	$(BIN)/python -m pytest -m "slow" $(ARGS)
 
-notebook: setup-dev  ## run the notebook and keep what it shows
-	$(BIN)/jupyter-execute --inplace notebooks/quickstart.ipynb
+notebook: setup-dev  ## run the notebooks and keep what they show
+	$(BIN)/jupyter-execute --inplace notebooks/*.ipynb
 
 test-shapes: setup-dev  ## unit tests with every annotated shape checked at run time
 	$(BIN)/python -m pytest tests/test_*.py tests/functional tests/parts --jaxtyping-packages=opd_lightning,shapes.check $(ARGS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Protocol
 
 from torch import nn
 from torch.optim import Optimizer
@@ -13,7 +13,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from opd_lightning.collector import Collector, check_sizes
 from opd_lightning.data import Evaluation, OnPolicyData
-from opd_lightning.errors import require
+from opd_lightning.errors import ConfigError, require
+from opd_lightning.loading import FrozenScorer, Loading, Reference
 from opd_lightning.models import (
     check_dtype,
     load_model,
@@ -25,9 +26,29 @@ from opd_lightning.models import (
 from opd_lightning.module import OnPolicyDistillation
 from opd_lightning.objective import Objective
 from opd_lightning.prompts import Prompts
-from opd_lightning.protocols import Engine, RolloutSampler, Task
+from opd_lightning.protocols import Engine, Follows, RolloutSampler, Task
+from opd_lightning.reference.initial import Initial
+from opd_lightning.schedule import within
 from opd_lightning.scorer import Scorer, check_head
-from opd_lightning.teacher.local import FrozenScorer, LocalTeacher
+from opd_lightning.writing import writers_for
+
+
+class TeacherSource(Protocol):
+    """What names a teacher and loads it."""
+
+    @property
+    def path(self) -> str:
+        """Where its tokenizer lies."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """Torch dtype of its weights."""
+        ...
+
+    def load(self, loading: Loading) -> FrozenScorer:
+        """Return the teacher."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +79,7 @@ class Run:
 def assemble(
     *,
     student_path: str,
-    teacher: LocalTeacher,
+    teacher: TeacherSource,
     task: Task,
     engine: Engine,
     rollout: RolloutSampler,
@@ -67,21 +88,23 @@ def assemble(
     evaluation: Evaluation,
     optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
     scheduler: Callable[[Optimizer, int], LRScheduler] | None,
+    reference: Reference | None = None,
     student_dtype: str = "float32",
     head_chunk: int = 2048,
+    temperature: float = 1.0,
     split: str = "validation",
     seed: int = 0,
 ) -> Run:
     """Load the models and build both halves around them, cheap checks first.
 
-    ``head_chunk`` is the number of positions whose logits are alive at once, of student and teacher alike.
+    ``head_chunk`` is the number of positions whose logits are alive at once, ``temperature`` the scoring
+    temperature, of every model alike. ``reference`` is loaded only if a part needs it (default: the
+    starting student).
 
     Raises:
         ConfigError: anything that cannot work, before a weight is read wherever possible.
     """
-    check_dtype(student_dtype, "student.dtype")
-    require(head_chunk >= 1, "student.head_chunk", "be at least 1 position", head_chunk, "use 2048")
-    check_dtype(teacher.dtype, "teacher.dtype")
+    _check_numbers(student_dtype, teacher.dtype, head_chunk, temperature)
     tokenizer = load_tokenizer(student_path, "student.path")
     vocab = shared_vocabulary(
         tokenizer,
@@ -90,16 +113,13 @@ def assemble(
     )
     most = max(objective.needs.teacher_top, objective.needs.student_top)
     require(most <= vocab, "support.k", f"be at most the vocabulary's {vocab} ids", most, "use support=full")
-    objective = replace(
-        objective,
-        masks={k: m.bind(tokenizer) if hasattr(m, "bind") else m for k, m in objective.masks.items()},
-    )
+    objective = _bound(objective, tokenizer)
     limits = {"max_tokens": collector.max_prompt_tokens, "long": collector.long_prompts}
     training = Prompts(problems=task.problems("train"), tokenizer=tokenizer, seed=seed, **limits)  # type: ignore[arg-type]
     held_out = task.problems(split)
     validation = Prompts(problems=held_out, tokenizer=tokenizer, seed=0, **limits) if len(held_out) else None  # type: ignore[arg-type]
     model = load_model(student_path, "student.path", student_dtype)
-    student = Scorer(model, vocab, head_chunk)
+    student = Scorer(model, vocab, head_chunk, temperature)
     check_head(student, student_path)
     student.train()
     stops = stop_ids(model, tokenizer)
@@ -107,15 +127,32 @@ def assemble(
     require(
         bool(covered), "teacher.path", f"know the student's stop ids {stops}", vocab, "use a wider teacher"
     )
-    frozen = teacher.load(vocab, head_chunk)
-    if objective.want.full:
-        student.set_full_target(frozen.scorer, objective.estimator.divergence)  # type: ignore[attr-defined]
+    loading = Loading(
+        student=student,
+        student_path=student_path,
+        student_dtype=student_dtype,
+        tokenizer=tokenizer,
+        vocab=vocab,
+        chunk=head_chunk,
+        temperature=temperature,
+        max_prompt_tokens=collector.max_prompt_tokens,
+    )
+    frozen = teacher.load(loading)
+    _check_given_ids(objective, frozen)
+    student.set_target("teacher", frozen.scorer)
+    referred = (reference or Initial()).load(loading) if objective.needs.reference else None
+    if referred is not None:
+        student.set_target("reference", referred.scorer)
+    writers_for(
+        engine, student, frozen, tokenizer, stops, rollout.writers
+    )  # refuses writers that are not there
     collecting = Collector(
         task=task,
         prompts=training,
         engine=engine,
         rollout=rollout,
         teacher=frozen,
+        reference=referred,
         objective=objective,
         tokenizer=tokenizer,
         stop_ids=stops,
@@ -124,10 +161,39 @@ def assemble(
         score_rows=collector.score_rows,
         probe_rows=collector.probe_rows,
     )
-    module = OnPolicyDistillation(student, objective, optimizer, scheduler)
+    follower = frozen if isinstance(frozen, Follows) else None
+    module = OnPolicyDistillation(student, objective, optimizer, scheduler, follower)
     return Run(
         module=module,
         data=OnPolicyData(collecting, validation, evaluation),
         teacher=frozen,
         tokenizer=tokenizer,
     )
+
+
+def _check_numbers(student_dtype: str, teacher_dtype: str, head_chunk: int, temperature: float) -> None:
+    check_dtype(student_dtype, "student.dtype")
+    require(head_chunk >= 1, "student.head_chunk", "be at least 1 position", head_chunk, "use 2048")
+    check_dtype(teacher_dtype, "teacher.dtype")
+    require(
+        within(temperature, 1e-3, 1e3),
+        "student.scoring_temperature",
+        "be a number above 0",
+        temperature,
+        "use 1 for the models' own distributions",
+    )
+
+
+def _bound(objective: Objective, tokenizer: PreTrainedTokenizerBase) -> Objective:
+    """Give the masks that name tokens by strings the student's tokenizer."""
+    masks = {k: m.bind(tokenizer) if hasattr(m, "bind") else m for k, m in objective.masks.items()}
+    return replace(objective, masks=masks)
+
+
+def _check_given_ids(objective: Objective, teacher: FrozenScorer) -> None:
+    """Refuse a support that the student chooses beside a teacher that scores only its own top ids."""
+    if objective.needs.student_top and not getattr(teacher, "scores_given_ids", True):
+        raise ConfigError(
+            f"`support` must be the teacher's own top ids for {type(teacher).__name__}, which cannot score given "
+            f"ids, got {type(objective.support).__name__}; use support=teacher, or a teacher in this process"
+        )

@@ -2,45 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
-from functools import partial
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from opd_lightning.buffer import micro_batches
 from opd_lightning.clock import PhaseClock
 from opd_lightning.diagnostics.collection import CollectionReport, describe
-from opd_lightning.errors import ConfigError, require
+from opd_lightning.errors import require
+from opd_lightning.grades import grade, respond_and_grade
 from opd_lightning.objective import Objective
 from opd_lightning.prompts import Prompts
 from opd_lightning.protocols import Engine, RolloutSampler, Scoring, Task
 from opd_lightning.scorer import Scorer
-from opd_lightning.types import (
-    Candidates,
-    Experience,
-    Finish,
-    Generation,
-    Graded,
-    PromptBatch,
-    Rollout,
-    Sampling,
-    Scores,
-    Want,
-)
-
-
-@dataclass(frozen=True)
-class World:
-    """This process among the processes of a run. ``total`` sums a tensor over all of them."""
-
-    rank: int = 0
-    size: int = 1
-    total: Callable[[Tensor], Tensor] = field(default=lambda tensor: tensor)
+from opd_lightning.scoring import ScoringPass
+from opd_lightning.types import Experience, Graded, Rollout, Sampling, Scores, Want
+from opd_lightning.world import World
+from opd_lightning.writing import writers_for
 
 
 def check_sizes(
@@ -76,6 +56,7 @@ class Collector:
         engine: generates; ``rollout`` decides how.
         rollout: how responses come about.
         teacher: scores the student's tokens; outside the trained module.
+        reference: the frozen starting student, where a part needs one.
         objective: what the parts need, and which tokens are in the loss.
         tokenizer: decodes responses for grading.
         stop_ids: ids that end a response.
@@ -93,6 +74,7 @@ class Collector:
     engine: Engine
     rollout: RolloutSampler
     teacher: Scoring
+    reference: Scoring | None = None
     objective: Objective
     tokenizer: PreTrainedTokenizerBase
     stop_ids: tuple[int, ...]
@@ -131,12 +113,18 @@ class Collector:
         """
         with torch.no_grad():
             rollout = replace(self._roll_out(student, collection, progress, world), version=version)
+            graded = self._graded(rollout)
             with self.clock.during("score"):
-                experience = replace(self._score(student, rollout), progress=progress)
+                experience = replace(
+                    self._scored(student, rollout),
+                    progress=progress,
+                    reward=graded.correct.to(rollout.ids.device),
+                )
                 self.clock.tokens["score"] += int(rollout.mask.sum())
-            report = describe(self._graded(rollout), experience, self._probe(student, experience))
+            report = describe(graded, experience, self._probe(student, experience))
             steps = [
-                micro_batches(self._with_shares(part, world), accumulate) for part in self._steps(experience)
+                micro_batches(self.objective.finish(part, world), accumulate)
+                for part in self._steps(experience)
             ]
         return steps, report
 
@@ -154,78 +142,24 @@ class Collector:
         device = student.device
         prompts = self.prompts.stream(positions).to(device)
         with self.clock.during("generate"):
-            generate = partial(self._generate, student)
-            rollout = self.rollout(prompts, generate, progress, self.objective.needs.student_top)
+            writers = writers_for(
+                self.engine, student, self.teacher, self.tokenizer, self.stop_ids, self.rollout.writers
+            )
+            rollout = self.rollout(prompts, writers, progress, self.objective.needs.student_top)
             self.clock.tokens["generate"] += int(rollout.mask.sum())
         return rollout
 
-    def _generate(self, student: Scorer, prompts: PromptBatch, sampling: Sampling) -> Generation:
-        sampling = replace(sampling, stop_ids=self.stop_ids, vocab=student.vocab)
-        return self.engine.generate(student.model, prompts, sampling)
+    # -- scoring and cutting
 
-    # -- scoring
-
-    def _score(self, student: Scorer, rollout: Rollout) -> Experience:
-        """Score all rows, those of like length together, and return them in the rollout's order."""
-        order = torch.argsort(rollout.prompt.mask.sum(-1) + rollout.lengths, stable=True)
-        parts = [self._score_rows(student, rollout.rows(rows)) for rows in order.split(self.score_rows)]
-        back = torch.argsort(order)
-        joined = {
-            f.name: torch.cat([getattr(part, f.name) for part in parts])[back]
-            for f in fields(Experience)
-            if isinstance(getattr(parts[0], f.name), Tensor)
-        }
-        return Experience(rollout=rollout, **joined)  # type: ignore[arg-type]
-
-    def _score_rows(self, student: Scorer, rollout: Rollout) -> Experience:
-        """One forward of the teacher, and at most one of the student, for some rows."""
-        needs, tokens = self.objective.needs, rollout.tokens
-        own = self._student_scores(student, rollout)
-        student_top = None
-        if needs.student_top:
-            chosen = rollout.top_ids if own is None or own.top_ids is None else own.top_ids
-            assert chosen is not None
-            student_top = chosen[..., : needs.student_top]
-        given = (
-            rollout.ids.unsqueeze(-1)
-            if student_top is None
-            else torch.cat([rollout.ids.unsqueeze(-1), student_top], -1)
+    def _scored(self, student: Scorer, rollout: Rollout) -> Experience:
+        scoring = ScoringPass(
+            teacher=self.teacher, reference=self.reference, objective=self.objective, rows=self.score_rows
         )
-        want = Want(taken=True, entropy=True, support="exact", top=needs.teacher_top, hidden=needs.full)
-        taught = self.teacher(tokens, want, given)
-        candidates = Candidates(taken=rollout.ids, teacher_top=taught.top_ids, student_top=student_top)
-        support: dict[str, Tensor] = {}
-        if needs.support and not needs.full:
-            ids, valid = self.objective.support(candidates)
-            support = {"support_ids": ids, "support_valid": valid & rollout.mask.unsqueeze(-1)}
-            support["support_teacher_logp"] = _look_up(ids, support["support_valid"], taught, given)
-        return Experience(
-            rollout=rollout,
-            share=torch.zeros_like(rollout.behavior_logp),
-            teacher_taken_logp=taught.taken_logp,
-            teacher_entropy=taught.entropy,
-            teacher_hidden=taught.hidden,
-            collected_logp=None if own is None else own.taken_logp,
-            **support,  # type: ignore[arg-type]
-        )
-
-    def _student_scores(self, student: Scorer, rollout: Rollout) -> Scores | None:
-        """What the engine did not give: the untruncated log-prob, and top ids where it has none."""
-        needs = self.objective.needs
-        known = 0 if rollout.top_ids is None else rollout.top_ids.shape[-1]
-        top = needs.student_top if needs.student_top > known else 0
-        if not top and not needs.collected_logp:
-            return None
-        return student(rollout.tokens, Want(taken=needs.collected_logp, top=top))
-
-    # -- cutting
+        return scoring(student, rollout)
 
     def _steps(self, experience: Experience) -> list[Experience]:
         rows = len(experience.share) // self.steps_per_collection
         return [experience.rows(slice(i * rows, (i + 1) * rows)) for i in range(self.steps_per_collection)]
-
-    def _with_shares(self, experience: Experience, world: World) -> Experience:
-        return replace(experience, share=self.objective.shares(experience.rollout, world.total))
 
     # -- looking
 
@@ -263,71 +197,3 @@ class Collector:
                 )
                 self.clock.tokens["evaluate"] += int(graded.lengths.sum())
             yield graded
-
-
-@torch.no_grad()
-def respond_and_grade(
-    task: Task,
-    tokenizer: PreTrainedTokenizerBase,
-    engine: Engine,
-    model: PreTrainedModel,
-    prompts: PromptBatch,
-    sampling: Sampling,
-) -> Graded:
-    """Generate a response to each row of ``prompts`` and grade it."""
-    drawn = engine.generate(model, prompts, sampling)
-    return grade(task, tokenizer, prompts, drawn.ids, drawn.mask, drawn.finish)
-
-
-def grade(
-    task: Task,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: PromptBatch,
-    ids: Int[Tensor, "batch time"],
-    mask: Tensor,
-    finish: Int[Tensor, " batch"],
-) -> Graded:
-    """Decode and grade responses; one that its budget cut is wrong."""
-    rows = [row[keep].tolist() for row, keep in zip(ids.cpu(), mask.cpu(), strict=True)]
-    texts = [str(tokenizer.decode(row, skip_special_tokens=True)) for row in rows]
-    truncated = finish == Finish.LENGTH
-    grades = [task.grade(p, t) for p, t in zip(prompts.problems, texts, strict=True)]
-    correct = [
-        float("nan") if g is None else g * (not cut)
-        for g, cut in zip(grades, truncated.tolist(), strict=True)
-    ]
-    return Graded(
-        correct=torch.tensor(correct, dtype=torch.float32),
-        lengths=mask.sum(-1).cpu(),
-        truncated=truncated.cpu(),
-        group=torch.tensor([p.index for p in prompts.problems]),
-        difficulty=tuple(p.difficulty for p in prompts.problems),
-        prompts=tuple(str(p.messages[-1]["content"]) for p in prompts.problems),
-        texts=tuple(texts),
-    )
-
-
-def _look_up(
-    ids: Int[Tensor, "batch time k"],
-    valid: Bool[Tensor, "batch time k"],
-    taught: Scores,
-    given: Int[Tensor, "batch time g"],
-) -> Float[Tensor, "batch time k"]:
-    """Return the teacher's log-probs at selected ids.
-
-    Raises:
-        ConfigError: the support chose an id that is not among its candidates, so that nobody scored it.
-    """
-    assert taught.support_logp is not None
-    known_ids, known_logp = given, taught.support_logp
-    if taught.top_ids is not None and taught.top_logp is not None:
-        known_ids = torch.cat([known_ids, taught.top_ids], -1)
-        known_logp = torch.cat([known_logp, taught.top_logp], -1)
-    same = ids.unsqueeze(-1) == known_ids.unsqueeze(-2)
-    if bool((valid & ~same.any(-1)).any()):
-        raise ConfigError(
-            "`support` must choose among its candidates (the taken token and the top ids that it declares in "
-            "`needs`), got another id; declare more top ids, or mark that entry invalid"
-        )
-    where = same.to(torch.uint8).argmax(-1)
-    return known_logp.gather(-1, where)

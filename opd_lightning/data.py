@@ -11,13 +11,14 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from opd_lightning.collector import Collector, World
+from opd_lightning.collector import Collector
 from opd_lightning.diagnostics.collection import CollectionReport
 from opd_lightning.errors import require
 from opd_lightning.prompts import Prompts
 from opd_lightning.scorer import Scorer
 from opd_lightning.sharding import unsharded
 from opd_lightning.types import Experience, Graded, Sampling
+from opd_lightning.world import World
 
 
 @runtime_checkable
@@ -121,7 +122,18 @@ class OnPolicyData(L.LightningDataModule):
             assert isinstance(summed, Tensor)
             return summed
 
-        return World(self.trainer.global_rank, self.trainer.world_size, total)
+        def gather(values: Tensor) -> Tensor:
+            if size == 1:
+                return values
+            # Ranks may differ in length, and a gathering needs one shape: pad, then cut by the counts.
+            counts = strategy.all_gather(torch.tensor(len(values), device=strategy.root_device))
+            padded = values.new_zeros(int(counts.max()))
+            padded[: len(values)] = values
+            rows = strategy.all_gather(padded.to(strategy.root_device))
+            return torch.cat([row[: int(n)] for row, n in zip(rows, counts, strict=True)]).to(values.device)
+
+        size = self.trainer.world_size
+        return World(self.trainer.global_rank, size, total, gather)
 
     def precision(self) -> AbstractContextManager[None]:
         """The precision that the learning half computes in, for the collecting half too."""
@@ -149,8 +161,9 @@ class OnPolicyData(L.LightningDataModule):
         """Refuse a world that the prompts cannot be divided over, and bring the teacher to this device."""
         assert self.trainer is not None
         self.collector.check_world(self.trainer.world_size)
-        if isinstance(self.collector.teacher, Movable):
-            self.collector.teacher.to(self.trainer.strategy.root_device)
+        for model in (self.collector.teacher, self.collector.reference):
+            if isinstance(model, Movable):
+                model.to(self.trainer.strategy.root_device)
 
     def train_dataloader(self) -> ExperienceLoader:
         """Return the loader of experience."""

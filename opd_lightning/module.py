@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from opd_lightning.diagnostics.responses import ResponseMetrics
 from opd_lightning.errors import require
 from opd_lightning.objective import Objective
+from opd_lightning.protocols import Follows
 from opd_lightning.scorer import Scorer
 from opd_lightning.sharding import shard
 from opd_lightning.types import Experience, Graded
@@ -32,6 +33,7 @@ class OnPolicyDistillation(L.LightningModule):
         objective: what is minimised.
         optimizer: from parameters to an optimizer.
         scheduler: from an optimizer and the planned optimizer steps to a scheduler; None for a constant rate.
+        follower: a teacher that takes over from the student after each optimizer step; None for a frozen one.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class OnPolicyDistillation(L.LightningModule):
         objective: Objective,
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
         scheduler: Callable[[Optimizer, int], LRScheduler] | None = None,
+        follower: Follows | None = None,
     ) -> None:
         super().__init__()
         self.student = student
@@ -49,6 +52,9 @@ class OnPolicyDistillation(L.LightningModule):
         self.greedy, self.sampled = ResponseMetrics(), ResponseMetrics()
         self._sums: dict[str, Tensor] = {}
         self._sharded = False
+        # Not an attribute that nn.Module would register: a teacher's weights are in no state dict.
+        self.__dict__["follower"] = follower
+        self._followed = 0
 
     def configure_model(self) -> None:
         """Shard the student under ``strategy=fsdp``; elsewhere it stays as it is."""
@@ -63,7 +69,7 @@ class OnPolicyDistillation(L.LightningModule):
             experience.rollout.tokens,
             self.objective.want,
             experience.support_ids,
-            experience.teacher_hidden,
+            experience.hidden,
         )
         loss, metrics = self.objective.loss(scores, experience, experience.progress)
         tokens = (experience.share > 0).sum().to(loss.dtype)
@@ -86,6 +92,13 @@ class OnPolicyDistillation(L.LightningModule):
         )()
         self.log_dict(logged | collected | {"train/grad_norm": self._gradient_norm(), "train/lr": rate})
         self.log("loss", logged["train/loss"], prog_bar=True, logger=False)
+
+    def on_train_batch_end(self, outputs: Any, batch: Experience, batch_idx: int) -> None:
+        """Let a teacher that follows the student take its new weights, once an optimizer step."""
+        follower: Follows | None = self.__dict__["follower"]
+        if follower is not None and self.trainer.global_step > self._followed:
+            self._followed = self.trainer.global_step
+            follower.follow(self.student)
 
     def _gradient_norm(self) -> Tensor:
         """Return the L2 norm over all parameters before clipping."""
@@ -118,7 +131,7 @@ class OnPolicyDistillation(L.LightningModule):
             planned,
             "schedules and progress need an end",
         )
-        optimizer = self.make_optimizer(self.student.parameters())
+        optimizer = self.make_optimizer(p for p in self.student.parameters() if p.requires_grad)
         if self.make_scheduler is None:
             return optimizer
         schedule = {"scheduler": self.make_scheduler(optimizer, planned), "interval": "step"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from jaxtyping import Bool, Float
@@ -10,16 +10,17 @@ from torch import Tensor
 
 from opd_lightning.errors import ConfigError
 from opd_lightning.functional.masked import weighted_sum
-from opd_lightning.protocols import Estimator, Mask, Reduction, Regularizer, Support
-from opd_lightning.types import Experience, Needs, Origin, Rollout, Scores, TokenLoss, Want
+from opd_lightning.protocols import Estimator, Mask, Prepares, Reduction, Regularizer, Support
+from opd_lightning.types import Experience, Needs, Origin, Scores, TokenLoss, Want
+from opd_lightning.world import World
 
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
     """The parts of a loss, checked against each other once and shared by both halves of a run.
 
-    The collecting half reads :attr:`needs`, :meth:`mask` and :attr:`reduction`; the learning half reads
-    :attr:`want` and calls :meth:`loss`. The loss of an optimizer step is
+    The collecting half reads :attr:`needs` and calls :meth:`finish`; the learning half reads :attr:`want`
+    and calls :meth:`loss`. The loss of an optimizer step is
     ``sum over its tokens of share * weight * value``, where the shares sum to 1 over the whole step.
 
     Raises:
@@ -47,6 +48,11 @@ class Objective:
                     f"got {size}: a distribution renormalised on one token is always 1 and its divergence always 0; "
                     "use support.k=16, estimator.form=tail, or estimator=token for the sampled token alone"
                 )
+            if needs.advantage and not getattr(self.estimator, "advantage", False):
+                raise ConfigError(
+                    f"`estimator` must have advantages for {name}, got {type(self.estimator).__name__}, which "
+                    "differentiates its value directly; use estimator=token, discounted or sequence, or leave it out"
+                )
 
     def _parts(self) -> dict[str, Estimator | Regularizer]:
         estimator = {f"estimator {type(self.estimator).__name__}": self.estimator}
@@ -72,27 +78,39 @@ class Objective:
 
     @property
     def want(self) -> Want:
-        """What the student is asked for in the learning half."""
+        """What the student is asked for in the learning half.
+
+        A part that compares on the support asks for log-probs there and names the full term that stands
+        for it; the support decides which of the two is computed.
+        """
         want = Want()
         for part in self._parts().values():
             want = want | part.want
-        if self.support.needs.full and want.support != "none":
-            want = replace(want, support="none", full=True)
-        return want
+        if self.support.needs.full:
+            return replace(want, support="none")
+        return replace(want, full=frozenset(term for term in want.full if term.target != "teacher"))
 
-    def mask(self, rollout: Rollout) -> Bool[Tensor, "batch time"]:
-        """Return the tokens in the loss: written by a model or the data, inside the horizon, not masked."""
-        inside = rollout.mask & rollout.horizon & (rollout.origin != Origin.ENVIRONMENT)
+    def mask(self, experience: Experience, world: World) -> Bool[Tensor, "batch time"]:
+        """Return the tokens in the loss: inside the horizon, of an origin that a part teaches, not masked."""
+        inside = experience.rollout.written_by(self.needs.teaches)
         for mask in self.masks.values():
-            inside = inside & mask(rollout)
+            inside = inside & mask(experience, inside, world)
         return inside
 
-    def shares(self, rollout: Rollout, total: Callable[[Tensor], Tensor]) -> Float[Tensor, "batch time"]:
-        """Return each token's share of the loss of the optimizer step that ``rollout`` is.
-
-        ``total`` sums a number over ranks.
-        """
-        return self.reduction(self.mask(rollout), total)
+    def finish(self, experience: Experience, world: World) -> Experience:
+        """Return one optimizer step's experience with its shares and with what parts prepare over it."""
+        inside = self.mask(experience, world)
+        if self.reduction.per_origin:
+            own = experience.rollout.origin == Origin.STUDENT
+            share = self.reduction(inside & own, world.total) + self.reduction(inside & ~own, world.total)
+        else:
+            share = self.reduction(inside, world.total)
+        experience = replace(experience, share=share)
+        extras: dict[str, Tensor] = {}
+        for part in self._parts().values():
+            if isinstance(part, Prepares):
+                extras |= part.prepare(experience, world)
+        return replace(experience, extras=extras)
 
     def token_loss(self, scores: Scores, experience: Experience, progress: float) -> TokenLoss:
         """Return the loss per token: the estimator's, changed by each regularizer in order."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -23,8 +24,29 @@ from opd_lightning.types import (
     TokenLoss,
     Want,
 )
+from opd_lightning.world import World
 
 Generate = Callable[[PromptBatch, Sampling], Generation]
+
+
+Combine = Callable[[Float[Tensor, "rows vocab"], Float[Tensor, "rows vocab"]], Float[Tensor, "rows vocab"]]
+"""From the student's and the teacher's log-probs of the next token to those of the sampler."""
+
+Writer = Literal["student", "teacher", "gold", "mixed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Writers:
+    """Who can write response tokens for a rollout.
+
+    ``student`` and ``teacher`` draw from their model. ``gold`` returns the data's own responses as token
+    ids, with their stop token. ``mixed`` draws each token from a combination of both models.
+    """
+
+    student: Generate
+    teacher: Generate
+    gold: Callable[[PromptBatch], Generation]
+    mixed: Callable[[PromptBatch, Sampling, Combine], Generation]
 
 
 @runtime_checkable
@@ -42,11 +64,19 @@ class RolloutSampler(Protocol):
 
     @property
     def samples(self) -> int:
-        """Responses per prompt."""
+        """Responses per prompt, over all writers."""
         ...
 
-    def __call__(self, prompts: PromptBatch, generate: Generate, progress: float, top_ids: int) -> Rollout:
-        """Return ``samples`` responses for each prompt. ``progress`` in [0, 1] drives schedules."""
+    @property
+    def writers(self) -> frozenset[Writer]:
+        """Who is asked to write."""
+        ...
+
+    def __call__(self, prompts: PromptBatch, writers: Writers, progress: float, top_ids: int) -> Rollout:
+        """Return ``samples`` responses for each prompt, a prompt's one after another.
+
+        ``progress`` in [0, 1] drives schedules; ``top_ids`` asks for the student's own top ids.
+        """
         ...
 
 
@@ -103,8 +133,16 @@ class Divergence(Protocol):
 class Reward(Protocol):
     """The reward of a taken token for the score-function estimators."""
 
+    @property
+    def needs(self) -> Needs:
+        """What must be collected beside both models' log-probs of the taken token."""
+        ...
+
     def __call__(
-        self, student_logp: Float[Tensor, "batch time"], teacher_logp: Float[Tensor, "batch time"]
+        self,
+        student_logp: Float[Tensor, "batch time"],
+        teacher_logp: Float[Tensor, "batch time"],
+        experience: Experience,
     ) -> Float[Tensor, "batch time"]:
         """Return one detached number a token; larger is better."""
         ...
@@ -157,14 +195,47 @@ class Mask(Protocol):
         """What must be collected."""
         ...
 
-    def __call__(self, rollout: Rollout) -> Bool[Tensor, "batch time"]:
-        """Return True where a token stays in the loss."""
+    def __call__(
+        self, experience: Experience, inside: Bool[Tensor, "batch time"], world: World
+    ) -> Bool[Tensor, "batch time"]:
+        """Return True where a token stays in the loss.
+
+        ``experience`` is this rank's part of one optimizer step, scored and without shares yet; ``inside``
+        marks the tokens that are in the loss so far, for quantiles and ranks.
+        """
+        ...
+
+
+@runtime_checkable
+class Prepares(Protocol):
+    """A part that computes something once, at collection, over a whole optimizer step and all ranks."""
+
+    def prepare(self, experience: Experience, world: World) -> Mapping[str, Float[Tensor, "batch time"]]:
+        """Return numbers per token, under names of the part's own, to be stored in ``experience.extras``."""
+        ...
+
+
+@runtime_checkable
+class Follows(Protocol):
+    """A teacher that changes with the student (live, moving average)."""
+
+    def follow(self, student: Scoring) -> None:
+        """Take over from ``student``, after each optimizer step."""
         ...
 
 
 @runtime_checkable
 class Reduction(Protocol):
-    """Turns the tokens in the loss into each token's share of it."""
+    """Turns the tokens in the loss into each token's share of it.
+
+    ``per_origin`` averages the student's tokens and all others each for themselves: the loss is then the
+    sum of two means, as for a gold term beside an on-policy one.
+    """
+
+    @property
+    def per_origin(self) -> bool:
+        """Whether each origin has a denominator of its own."""
+        ...
 
     def __call__(
         self, mask: Bool[Tensor, "batch time"], total: Callable[[Tensor], Tensor]

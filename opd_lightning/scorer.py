@@ -8,6 +8,9 @@ all scorers; only the student's is trained.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -15,8 +18,7 @@ from transformers import PreTrainedModel
 
 from opd_lightning.errors import ConfigError
 from opd_lightning.functional import head as heads
-from opd_lightning.protocols import Divergence
-from opd_lightning.types import Scores, TokenBatch, Want
+from opd_lightning.types import FullTerm, Scores, TokenBatch, Want
 
 
 class Scorer(nn.Module):
@@ -27,21 +29,25 @@ class Scorer(nn.Module):
         vocab: width of the vocabulary shared with the other model of the run; head rows at or above
             it are padding and do not exist for any probability (numerics.md, section 7).
         chunk: positions whose logits are alive at once; memory of the head is ``chunk * vocab * 4`` bytes.
+        temperature: the scoring temperature tau, of every probability that is read here: softmax(z / tau).
 
     :func:`check_head` tells whether the model's logits are what its head gives, as is assumed here.
     """
 
-    def __init__(self, model: PreTrainedModel, vocab: int | None = None, chunk: int = 2048) -> None:
+    def __init__(
+        self, model: PreTrainedModel, vocab: int | None = None, chunk: int = 2048, temperature: float = 1.0
+    ) -> None:
         super().__init__()
         self.model = model
         self.vocab: int = vocab or int(model.get_output_embeddings().weight.shape[0])
         self.chunk = chunk
+        self.temperature = temperature
         config = model.config.get_text_config()
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self.logit_scale: float = _logit_scale(config)
-        # The other model, for the full-vocabulary divergence; a plain attribute and no registered module,
-        # so that no teacher weight reaches an optimizer or a checkpoint.
-        self.__dict__["_full_target"] = None
+        # Other models, for full-vocabulary divergences; a plain attribute and no registered module, so that
+        # none of their weights reaches an optimizer or a checkpoint.
+        self.__dict__["_targets"] = {}
 
     @property
     def device(self) -> torch.device:
@@ -58,27 +64,39 @@ class Scorer(nn.Module):
             bias=None if bias is None else bias[: self.vocab],
             softcap=self.softcap,
             scale=self.logit_scale,
+            temperature=self.temperature,
         )
 
-    def set_full_target(self, teacher: Scorer, divergence: Divergence) -> None:
-        """Give the frozen teacher, whose head ``Want.full`` reads where it is by then, and the divergence."""
-        self.__dict__["_full_target"] = (teacher, divergence)
+    def set_target(self, name: str, scorer: Scorer) -> None:
+        """Name a frozen model whose head a :class:`FullTerm` reads, wherever it is by then."""
+        self.__dict__["_targets"][name] = scorer
+
+    def compare(
+        self,
+        hidden: Float[Tensor, "n hidden"],
+        target_hidden: Float[Tensor, "n width"],
+        term: FullTerm,
+    ) -> Float[Tensor, " n"]:
+        """Return a full-vocabulary divergence from this model's and a named target's hidden states."""
+        target = self.__dict__["_targets"][term.target]
+        return heads.full(hidden, self.head, target_hidden, target.head, term.divergence, self.chunk)
 
     def forward(
         self,
         tokens: TokenBatch,
         want: Want,
         support_ids: Int[Tensor, "batch time k"] | None = None,
-        teacher_hidden: Float[Tensor, "batch time hidden"] | None = None,
+        hidden_of: Mapping[str, Tensor] | None = None,
     ) -> Scores:
         """Score every response token; see :class:`~opd_lightning.types.Want` and ``Scores``.
 
-        Only positions that predict a response token reach the head, in fp32 accumulation. Temperature
-        is 1 and no truncation applies, whatever the sampler did.
+        Only positions that predict a response token reach the head, in fp32 accumulation. The temperature
+        is this scorer's and no truncation applies, whatever the sampler did. ``hidden_of`` holds the hidden
+        states ``[batch time width]`` of the targets that full terms compare with.
         """
         mask = tokens.mask
         hidden = self._hidden(tokens)
-        scores: dict[str, Tensor | None] = {}
+        scores: dict[str, Any] = {}
         if want.support == "renormalised" and not (want.taken or want.entropy or want.top):
             assert support_ids is not None
             logits = heads.support_logits(hidden, self.head, support_ids[mask])
@@ -86,10 +104,11 @@ class Scorer(nn.Module):
         elif want.taken or want.entropy or want.top or want.support != "none":
             scores |= self._exact(hidden, tokens, want, support_ids)
         if want.full:
-            assert teacher_hidden is not None
-            teacher, divergence = self.__dict__["_full_target"]
-            value = heads.full(hidden, self.head, teacher_hidden[mask], teacher.head, divergence, self.chunk)
-            scores["divergence"] = _fill(value, mask)
+            assert hidden_of is not None
+            scores["full"] = {
+                term: _fill(self.compare(hidden, hidden_of[term.target][mask], term), mask)
+                for term in want.full
+            }
         if want.hidden:
             scores["hidden"] = _fill(hidden, mask)
         return Scores(**scores)
@@ -171,7 +190,7 @@ def check_head(scorer: Scorer, path: str) -> None:
     ids = torch.arange(1, 5, device=device).unsqueeze(0) % scorer.vocab
     logits = scorer.model(input_ids=ids, use_cache=False).logits[0, :, : scorer.vocab].float()
     hidden = scorer.model.base_model(input_ids=ids, use_cache=False)[0][0]
-    exact, ids = torch.log_softmax(logits, -1).topk(min(16, scorer.vocab), -1)
+    exact, ids = torch.log_softmax(logits / scorer.temperature, -1).topk(min(16, scorer.vocab), -1)
     ours, _ = heads.exact(hidden, scorer.head, ids, entropy=False, chunk=scorer.chunk)
     gap = (ours - exact).abs().max().item()
     tolerance = 1e-3 if hidden.dtype == torch.float32 else 0.3

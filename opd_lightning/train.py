@@ -39,8 +39,8 @@ log = logging.getLogger(__name__)
 KEYS = {
     *("task", "student", "teacher", "engine", "rollout", "support", "estimator", "divergence", "reward"),
     *("regularizer", "mask", "reduction", "collector", "evaluation", "optimizer", "scheduler", "trainer"),
-    *("strategy", "logger", "callbacks", "seed"),
-    *("student.path", "student.dtype", "student.head_chunk"),
+    *("strategy", "logger", "callbacks", "reference", "seed"),
+    *("student.path", "student.dtype", "student.head_chunk", "student.scoring_temperature"),
     *("evaluation.split", "evaluation.every_steps", "evaluation.settings", "evaluation.teacher"),
     *(f"collector.{field.name}" for field in fields(CollectorSettings)),
 }
@@ -68,11 +68,13 @@ def run_from(config: DictConfig) -> Run:
         evaluation=build(config.evaluation.settings),
         optimizer=optimizer_from(config),
         scheduler=build(config.scheduler),
+        reference=build(config.reference),
         task=build(config.task),
         teacher=build(config.teacher),
         student_path=config.student.path,
         student_dtype=config.student.dtype,
         head_chunk=config.student.head_chunk,
+        temperature=config.student.scoring_temperature,
         split=config.evaluation.split,
         seed=config.seed,
     )

@@ -19,7 +19,7 @@ from transformers import (
 from opd_lightning.divergence.reverse_kl import ReverseKL
 from opd_lightning.errors import ConfigError
 from opd_lightning.scorer import Scorer, check_head
-from opd_lightning.types import Rollout, TokenBatch, Want
+from opd_lightning.types import FullTerm, Rollout, TokenBatch, Want
 
 SHAPE = {
     "vocab_size": VOCAB,
@@ -95,12 +95,13 @@ def test_full_divergence_equals_the_dense_one_and_its_gradient():
     student, teacher, rollout = tiny_model(1), tiny_model(2, hidden=40), random_rollout(4)
     hidden = Scorer(teacher)(rollout.tokens, Want(hidden=True)).hidden.detach()
     scorer = Scorer(student, chunk=3)
-    scorer.set_full_target(Scorer(teacher.requires_grad_(False)), ReverseKL())
-    scores = scorer(rollout.tokens, Want(full=True), None, hidden)
+    scorer.set_target("teacher", Scorer(teacher.requires_grad_(False)))
+    term = FullTerm("teacher", ReverseKL())
+    scores = scorer(rollout.tokens, Want(full=frozenset({term})), None, {"teacher": hidden})
     s, t = dense(student, rollout), dense(teacher, rollout).detach()
     expected = (s.exp() * (s - t)).sum(-1)
-    torch.testing.assert_close(scores.divergence[rollout.mask], expected[rollout.mask], atol=2e-5, rtol=1e-4)
-    ours = torch.autograd.grad(scores.divergence.sum(), list(student.parameters()))
+    torch.testing.assert_close(scores.full[term][rollout.mask], expected[rollout.mask], atol=2e-5, rtol=1e-4)
+    ours = torch.autograd.grad(scores.full[term].sum(), list(student.parameters()))
     theirs = torch.autograd.grad((expected * rollout.mask).sum(), list(student.parameters()))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)

@@ -21,6 +21,7 @@ from opd_lightning.reward.log_ratio import LogRatio
 from opd_lightning.scorer import Scorer
 from opd_lightning.support.teacher import TeacherTopK
 from opd_lightning.types import Experience, TensorValue
+from opd_lightning.world import World as Processes
 
 ROWS = 11
 ESTIMATORS = {
@@ -46,7 +47,7 @@ def gradient(objective: Objective, parts: list[Experience]) -> tuple[float, torc
 
 def whole(objective: Objective) -> Experience:
     experience = random_experience(ROWS)
-    return replace(experience, share=objective.shares(experience.rollout, lambda t: t))
+    return objective.finish(experience, Processes())
 
 
 @pytest.fixture(params=[(e, r) for e in ESTIMATORS for r in REDUCTIONS], ids=lambda p: f"{p[0]}-{p[1]}")
@@ -84,12 +85,12 @@ def test_two_ranks_add_up_to_one_process(objective):
     # Each rank's reduction asks for its totals in the same order: record both, then answer with the sums.
     asked: list[list[torch.Tensor]] = [[], []]
     for rank, half in enumerate(halves):
-        objective.shares(half.rollout, lambda t, rank=rank: (asked[rank].append(t.clone()), t)[1])
+        objective.finish(half, Processes(total=lambda t, rank=rank: (asked[rank].append(t.clone()), t)[1]))
     answers = [a + b for a, b in zip(*asked, strict=True)]
     parts = []
     for half in halves:
         left = iter(answers)
-        parts.append(replace(half, share=objective.shares(half.rollout, lambda t, left=left: next(left))))
+        parts.append(objective.finish(half, Processes(total=lambda t, left=left: next(left))))
     expected, reference = gradient(objective, [whole(objective)])
     loss, found = gradient(objective, parts)
     assert loss == pytest.approx(expected, rel=1e-6)

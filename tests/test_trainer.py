@@ -67,8 +67,7 @@ class Toy:
         self.teacher = FrozenScorer(
             Scorer(tiny_model(2, vocab=WIDTH).to(dtype), vocab).eval().requires_grad_(False)
         )
-        if objective.want.full:
-            self.student.set_full_target(self.teacher.scorer, ReverseKL())
+        self.student.set_target("teacher", self.teacher.scorer)
         collector = Collector(
             task=TASK,
             prompts=self.prompts("train"),

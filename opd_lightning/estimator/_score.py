@@ -30,9 +30,10 @@ def score_function_loss(
     sampled = experience.rollout.sampled
     student = masked_fill(scores.taken_logp, sampled)
     teacher = masked_fill(experience.teacher_taken_logp, sampled)
-    advantage = returns(reward(student.detach(), teacher), sampled).detach()
+    advantage = returns(reward(student.detach(), teacher, experience), sampled).detach()
     return TokenLoss(
         value=-advantage * student,
         weight=sampled.to(student.dtype),
+        advantage=advantage,
         metrics={"log_ratio": log_ratio(student.detach(), teacher), "advantage": advantage},
     )

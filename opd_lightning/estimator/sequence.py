@@ -22,8 +22,13 @@ class Sequence:
 
     reward: Reward
 
-    needs: ClassVar[Needs] = Needs(teacher_taken=True)
+    advantage: ClassVar[bool] = True
     want: ClassVar[Want] = Want(taken=True)
+
+    @property
+    def needs(self) -> Needs:
+        """The teacher's log-prob of the taken token, and what the reward reads."""
+        return Needs(teacher_taken=True) | self.reward.needs
 
     def __call__(self, scores: Scores, experience: Experience, progress: float) -> TokenLoss:
         """Return value and weight at every response position."""

@@ -30,8 +30,13 @@ class Token:
     reward: Reward
     gradient: Literal["score", "direct"] = "score"
 
-    needs: ClassVar[Needs] = Needs(teacher_taken=True)
+    advantage: ClassVar[bool] = True
     want: ClassVar[Want] = Want(taken=True)
+
+    @property
+    def needs(self) -> Needs:
+        """The teacher's log-prob of the taken token, and what the reward reads."""
+        return Needs(teacher_taken=True) | self.reward.needs
 
     def __post_init__(self) -> None:
         require(

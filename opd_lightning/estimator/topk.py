@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -10,7 +11,7 @@ from opd_lightning.errors import ConfigError, require
 from opd_lightning.functional.divergence import FORMS, Form
 from opd_lightning.functional.masked import masked_fill
 from opd_lightning.protocols import Divergence
-from opd_lightning.types import Experience, Needs, Scores, TokenLoss, Want
+from opd_lightning.types import Experience, FullTerm, Needs, Origin, Scores, SupportForm, TokenLoss, Want
 
 _NO_SUPPORT = "`estimator=topk` must have a support to compare on, got none; use support=teacher"
 
@@ -21,7 +22,8 @@ class TopK:
 
     ``renormalised``: both sides over the support alone (local support matching, arXiv 2603.25562).
     ``tail``: all that is off the support is one more category. ``plain``: the truncated sum as it is,
-    which collapses for reverse KL. On the full support the form makes no difference.
+    which collapses for reverse KL. On the full support the form makes no difference. ``origins`` says
+    whose tokens are compared: beside the student's own, the teacher's or the data's (GKD).
 
     Raises:
         ConfigError: for an unknown ``form``; with no support, or a renormalised one of a single id.
@@ -29,39 +31,48 @@ class TopK:
 
     divergence: Divergence
     form: Form = "renormalised"
+    origins: Sequence[str] = ("student",)
 
     def __post_init__(self) -> None:
+        Origin.named(self.origins, "estimator.origins")
         remedy = "use renormalised, or tail to see the mass off the support"
         require(self.form in FORMS, "estimator.form", f"be one of {', '.join(FORMS)}", self.form, remedy)
 
     @property
     def needs(self) -> Needs:
         """A support; renormalised over a single id every distribution would be the same."""
-        return Needs(support=True, least_support=2 if self.form == "renormalised" else 1)
+        least = 2 if self.form == "renormalised" else 1
+        return Needs(support=True, least_support=least, teaches=self._written_by)
 
     @property
     def want(self) -> Want:
         """Log-probs on the support; without a normaliser where the form cancels it anyway."""
-        return Want(support="renormalised" if self.form == "renormalised" else "exact")
+        form: SupportForm = "renormalised" if self.form == "renormalised" else "exact"
+        return Want(support=form, full=frozenset({FullTerm("teacher", self.divergence)}))
+
+    @property
+    def _written_by(self) -> frozenset[Origin]:
+        return Origin.named(self.origins, "estimator.origins")
 
     def __call__(self, scores: Scores, experience: Experience, progress: float) -> TokenLoss:
         """Return value and weight at every response position."""
-        sampled = experience.rollout.sampled
-        value = masked_fill(self._value(scores, experience), sampled)
+        taught = experience.rollout.written_by(self._written_by)
+        value = masked_fill(self._value(scores, experience, taught), taught)
         metrics = {"divergence": value.detach()}
-        return TokenLoss(value=value, weight=sampled.to(value.dtype), metrics=metrics)
+        return TokenLoss(value=value, weight=taught.to(value.dtype), metrics=metrics)
 
-    def _value(self, scores: Scores, experience: Experience) -> Tensor:
+    def _value(self, scores: Scores, experience: Experience, taught: Tensor) -> Tensor:
         if experience.teacher_hidden is not None:
-            if scores.divergence is None:
+            value = scores.full.get(FullTerm("teacher", self.divergence))
+            if value is None:
                 raise ValueError("on the full support the scores must hold the divergence (Want.full)")
-            return scores.divergence
+            return value
         student, teacher = scores.support_logp, experience.support_teacher_logp
         if student is None or teacher is None or experience.support_valid is None:
             raise ConfigError(_NO_SUPPORT)
         self._check_size(student.shape[-1])
         # Without the second factor a NaN in padding would reach the gradient through the divergence.
-        valid = experience.support_valid & experience.rollout.sampled.unsqueeze(-1)
+        valid = experience.support_valid & taught.unsqueeze(-1)
         change = FORMS[self.form]
         return self.divergence(change(student, valid), change(teacher, valid))
 

@@ -31,15 +31,17 @@ MAX_ELEMENTS = 1 << 26
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
-    """What turns hidden states into logits: cap(scale * (W h + b)), cap(x) = softcap * tanh(x / softcap).
+    """What turns hidden states into logits: cap(scale * (W h + b)) / temperature.
 
-    A tied head passes the embedding's weight; a slice of the weight is a head over fewer ids.
+    cap(x) = softcap * tanh(x / softcap). A tied head passes the embedding's weight; a slice of the weight
+    is a head over fewer ids. ``temperature`` is the scoring temperature tau: S = softmax(z / tau).
     """
 
     weight: Float[Tensor, "vocab hidden"]
     bias: Float[Tensor, " vocab"] | None = None
     softcap: float | None = None
     scale: float = 1.0
+    temperature: float = 1.0
 
     @property
     def vocab(self) -> int:
@@ -57,10 +59,11 @@ class Head:
         return self.finish(raw if self.bias is None else raw + self.bias)
 
     def finish(self, raw: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
-        """Return scaled and capped logits."""
+        """Return scaled, capped and tempered logits."""
         if self.scale != 1.0:
             raw = raw * self.scale
-        return raw if self.softcap is None else self.softcap * torch.tanh(raw / self.softcap)
+        capped = raw if self.softcap is None else self.softcap * torch.tanh(raw / self.softcap)
+        return capped if self.temperature == 1.0 else capped / self.temperature
 
 
 class Exact(NamedTuple):

@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from opd_lightning.errors import ConfigError, require
-from opd_lightning.types import Needs, Rollout
+from opd_lightning.types import Experience, Needs
+from opd_lightning.world import World
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +45,13 @@ class SpecialTokens:
         ids = {i for string in encoded for i in string} - {tokenizer.unk_token_id}
         return replace(self, ids=tuple(sorted(ids)))
 
-    def __call__(self, rollout: Rollout) -> Bool[Tensor, "batch time"]:
+    def __call__(
+        self, experience: Experience, inside: Bool[Tensor, "batch time"], world: World
+    ) -> Bool[Tensor, "batch time"]:
         """Return True at the response tokens that stay."""
         if self.ids is None:
             raise ConfigError("`mask.special_tokens` holds strings only; call bind(tokenizer) first")
+        rollout = experience.rollout
         keep = rollout.mask.clone()
         for token in self.ids:
             hit = (rollout.ids == token) & rollout.mask

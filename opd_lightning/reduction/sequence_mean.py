@@ -15,8 +15,11 @@ class SequenceMean:
     """Every response of the step counts the same, whatever its length.
 
     share = mask / (n_i * number of responses with n_i > 0, over all ranks), n_i tokens in the loss.
-    It is what a token mean per micro-batch of one response amounts to.
+    It is what a token mean per micro-batch of one response amounts to. With ``per_origin`` the student's
+    tokens have one such mean and all others another.
     """
+
+    per_origin: bool = False
 
     def __call__(
         self, mask: Bool[Tensor, "batch time"], total: Callable[[Tensor], Tensor]

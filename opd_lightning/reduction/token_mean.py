@@ -15,7 +15,11 @@ class TokenMean:
     """Every token of the step counts the same, so a long response counts more than a short one.
 
     share = mask / (number of tokens in the loss, over all rows, micro-batches and ranks)
+
+    With ``per_origin`` the student's tokens have one such mean and all others another.
     """
+
+    per_origin: bool = False
 
     def __call__(
         self, mask: Bool[Tensor, "batch time"], total: Callable[[Tensor], Tensor]

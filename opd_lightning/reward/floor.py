@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
 
 from opd_lightning.errors import require
 from opd_lightning.functional.ratio import log_ratio
+from opd_lightning.types import Experience, Needs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +26,8 @@ class Floor:
 
     floor: float
 
+    needs: ClassVar[Needs] = Needs()
+
     def __post_init__(self) -> None:
         require(
             isinstance(self.floor, (int, float)) and self.floor <= 0.0,
@@ -34,7 +38,10 @@ class Floor:
         )
 
     def __call__(
-        self, student_logp: Float[Tensor, "batch time"], teacher_logp: Float[Tensor, "batch time"]
+        self,
+        student_logp: Float[Tensor, "batch time"],
+        teacher_logp: Float[Tensor, "batch time"],
+        experience: Experience,
     ) -> Float[Tensor, "batch time"]:
         """Return the floored r for each token, nats."""
         return log_ratio(student_logp, teacher_logp).detach().clamp(min=self.floor)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 
 from opd_lightning.errors import require
-from opd_lightning.protocols import Generate
+from opd_lightning.protocols import Writer, Writers
 from opd_lightning.schedule import Schedule, value_at, within
 from opd_lightning.types import Finish, Generation, Origin, PromptBatch, Rollout, Sampling
 
@@ -38,6 +39,8 @@ class StudentRollout:
     top_p: float
     top_k: int
     min_p: float
+
+    writers: ClassVar[frozenset[Writer]] = frozenset({"student"})
 
     def __post_init__(self) -> None:
         require(
@@ -71,11 +74,11 @@ class StudentRollout:
             top_ids=top_ids,
         )
 
-    def __call__(self, prompts: PromptBatch, generate: Generate, progress: float, top_ids: int) -> Rollout:
+    def __call__(self, prompts: PromptBatch, writers: Writers, progress: float, top_ids: int) -> Rollout:
         """Return the rollout; every response token's origin is the student."""
         sampling = self._sampling(_tokens(self.max_new_tokens, progress), top_ids)
         repeated = prompts.repeat(self.samples)
-        generation = generate(repeated, sampling)
+        generation = writers.student(repeated, sampling)
         horizon = None if self.loss_horizon is None else _tokens(self.loss_horizon, progress)
         rollout = _as_rollout(repeated, generation, self.samples, horizon)
         if not self.early_stop:

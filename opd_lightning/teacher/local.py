@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from jaxtyping import Int
-from torch import Tensor
+from opd_lightning.loading import FrozenScorer, Loading
 
-from opd_lightning.models import load_model
-from opd_lightning.scorer import Scorer, check_head
-from opd_lightning.types import Scores, TokenBatch, Want
+__all__ = ["FrozenScorer", "LocalTeacher"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,37 +16,19 @@ class LocalTeacher:
     Args:
         path: folder, hub name, or ``builtin:task/teacher``.
         dtype: torch dtype of the weights; reductions are in float32 whatever it is.
+        scoring_temperature: None for the student's, which is the only one that is accepted.
     """
 
     path: str
     dtype: str
+    scoring_temperature: float | None = None
 
-    def load(self, vocab: int | None = None, chunk: int = 2048) -> FrozenScorer:
-        """Load the model, frozen and in evaluation mode, to be read up to ``vocab`` ids, ``chunk`` positions at once.
+    def load(self, loading: Loading) -> FrozenScorer:
+        """Load the model, frozen and in evaluation mode.
 
         Raises:
-            ConfigError: nothing that can be loaded lies at ``path``, or its head is not supported.
+            ConfigError: another scoring temperature than the student's; nothing that can be loaded lies at
+                ``path``, or its head is not supported.
         """
-        model = load_model(self.path, "teacher.path", self.dtype).eval().requires_grad_(False)
-        scorer = Scorer(model, vocab, chunk)
-        check_head(scorer, self.path)
-        return FrozenScorer(scorer)
-
-
-@dataclass(frozen=True)
-class FrozenScorer:
-    """A scorer without gradient. Not an ``nn.Module``: it never becomes part of the trained module."""
-
-    scorer: Scorer
-
-    @torch.no_grad()
-    def __call__(
-        self, tokens: TokenBatch, want: Want, support_ids: Int[Tensor, "batch time k"] | None = None
-    ) -> Scores:
-        """Score the tokens; see :class:`~opd_lightning.scorer.Scorer`."""
-        return self.scorer(tokens, want, support_ids)
-
-    def to(self, device: torch.device | str) -> FrozenScorer:
-        """Move the weights to ``device``, in place."""
-        self.scorer.to(device)
-        return self
+        loading.check_temperature(self.scoring_temperature, "teacher.scoring_temperature")
+        return FrozenScorer(loading.frozen(self.path, "teacher.path", self.dtype))

@@ -1,4 +1,4 @@
-"""The notebook runs, learns, and keeps what it showed when it was run as it stands."""
+"""The notebooks run, show what they claim, and keep what they showed when they were run as they stand."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nbclient import NotebookClient
 from package.readme import ROOT, python_program
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-QUICKSTART = ROOT / "notebooks" / "quickstart.ipynb"
+QUICKSTART, GAMMA = (ROOT / "notebooks" / f"{name}.ipynb" for name in ("quickstart", "gamma_variance"))
 
 
 def code_cells(path: Path):
@@ -35,8 +35,8 @@ def accuracies(text: str) -> tuple[float, float]:
     return float(found[0]), float(found[1])
 
 
-def test_there_are_notebooks():
-    assert QUICKSTART in NOTEBOOKS
+def test_every_notebook_has_a_test():
+    assert {QUICKSTART, GAMMA} == set(NOTEBOOKS)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.name)
@@ -77,10 +77,21 @@ def test_quickstart_builds_what_the_readme_builds():
     assert call(cell) == call(python_program())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.name)
-def test_runs(path, tmp_path, monkeypatch):
-    """A few optimizer steps from top to bottom: finite curves, and already a better student."""
+def test_gamma_variance_shows_what_the_text_says():
+    """The stored outputs: variances in order, at least 5 times larger at the end, and drift under sure teachers."""
+    cells = code_cells(GAMMA)
+    plain, sure = (text.split("paper:") for text in printed(cells).split("left: late median variance")[1:])
+    ratios = re.findall(r"last over first ([\d.]+), rises with every gamma: True", plain[0])
+    assert len(ratios) == 2
+    assert min(map(float, ratios)) >= 5
+    assert "gamma 1 ends at its target in 2 of 2 cases" in plain[-1]
+    assert "gamma 0 ends at its target in 2 of 2 cases" in sure[-2]
+    assert "gamma 1 ends at its target in 0 of 2 cases" in sure[-1]
+    assert len(shown(cells, "image/png")) == 3
+
+
+def executed(path, folder, monkeypatch):
+    """Run a notebook over a few steps, from top to bottom, in ``folder``; return its code cells."""
     monkeypatch.setenv("OPD_NOTEBOOK_STEPS", "16")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # threads that wait for a busy core spin
     monkeypatch.setenv(
@@ -90,8 +101,14 @@ def test_runs(path, tmp_path, monkeypatch):
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
-    NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(folder)}}).execute()
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+@pytest.mark.slow
+def test_quickstart_runs(tmp_path, monkeypatch):
+    """A few optimizer steps: finite curves, and already a better student."""
+    cells = executed(QUICKSTART, tmp_path, monkeypatch)
     before, after = accuracies(printed(cells))
     assert 0 < before < after <= 100
     (losses,) = re.findall(r"^loss ([\w.]+) -> ([\w.]+)$", printed(cells), re.MULTILINE)
@@ -99,3 +116,13 @@ def test_runs(path, tmp_path, monkeypatch):
     assert float(losses[1]) < float(losses[0])
     assert len(shown(cells, "image/png")) == 1
     assert "".join(os.listdir(tmp_path)) == "runs"
+
+
+@pytest.mark.slow
+def test_gamma_variance_runs(tmp_path, monkeypatch):
+    """A few updates: both experiments have their numbers, their claims and their pictures."""
+    cells = executed(GAMMA, tmp_path, monkeypatch)
+    assert len(re.findall(r"last over first [\d.e+]+, rises", printed(cells))) == 4
+    assert printed(cells).count("\nmeasured: ") == 10
+    assert len(shown(cells, "image/png")) == 3
+    assert not os.listdir(tmp_path)

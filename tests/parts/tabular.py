@@ -157,7 +157,7 @@ class World:
         head = Head(weight=torch.eye(self.vocab, dtype=torch.float64))
         hidden, teacher_hidden = self.theta[self.rows], self.teacher[self.rows]
         value = full(hidden.flatten(0, 1), head, teacher_hidden.flatten(0, 1), head, divergence, chunk=7)
-        scores = replace(self.scores, divergence=value.reshape(self.ids.shape))
+        scores = replace(self.scores, full={FullTerm("teacher", divergence): value.reshape(self.ids.shape)})
         return scores, replace(self.experience, teacher_hidden=teacher_hidden)
 
     # Truth.

@@ -1,0 +1,95 @@
+"""Frozen models beside the student: what they are loaded with, and how they score."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from opd_lightning.errors import require
+from opd_lightning.models import load_model
+from opd_lightning.scorer import Scorer, check_head
+from opd_lightning.types import PromptBatch, Scores, TokenBatch, Want
+
+
+@dataclass(frozen=True)
+class FrozenScorer:
+    """A scorer without gradient. Not an ``nn.Module``: it never becomes part of the trained module.
+
+    ``view`` turns the student's prompts into this model's own, where it sees another one.
+    """
+
+    scorer: Scorer
+    view: Callable[[PromptBatch], PromptBatch] | None = None
+
+    @torch.no_grad()
+    def __call__(
+        self, tokens: TokenBatch, want: Want, support_ids: Int[Tensor, "batch time k"] | None = None
+    ) -> Scores:
+        """Score the tokens; see :class:`~opd_lightning.scorer.Scorer`."""
+        return self.scorer(tokens, want, support_ids)
+
+    def to(self, device: torch.device | str) -> FrozenScorer:
+        """Move the weights to ``device``, in place."""
+        self.scorer.to(device)
+        return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loading:
+    """The run that a model is loaded for: the student, the shared vocabulary, and how the head is read.
+
+    Args:
+        student: the trained scorer, with its starting weights.
+        student_path: where they came from; ``student_dtype`` as what.
+        tokenizer: the student's.
+        vocab: ids that both models know.
+        chunk: positions whose logits are alive at once.
+        temperature: scoring temperature of every model.
+        max_prompt_tokens: longest prompt.
+    """
+
+    student: Scorer
+    student_path: str
+    student_dtype: str
+    tokenizer: PreTrainedTokenizerBase
+    vocab: int
+    chunk: int
+    temperature: float = 1.0
+    max_prompt_tokens: int = 512
+
+    def check_temperature(self, temperature: float | None, field: str) -> None:
+        """Refuse a model that would be scored at another temperature than the student; None is the student's."""
+        require(
+            temperature is None or temperature == self.temperature,
+            field,
+            f"equal student.scoring_temperature={self.temperature} (probabilities at two temperatures differ even "
+            "between equal models)",
+            temperature,
+            "leave it null",
+        )
+
+    def frozen(self, path: str, field: str, dtype: str) -> Scorer:
+        """Load the model at ``path``, frozen and in evaluation mode; ``field`` names it in errors.
+
+        Raises:
+            ConfigError: nothing that can be loaded lies at ``path``, or its head is not supported.
+        """
+        model = load_model(path, field, dtype).eval().requires_grad_(False)
+        scorer = Scorer(model, self.vocab, self.chunk, self.temperature)
+        check_head(scorer, path)
+        return scorer
+
+
+@runtime_checkable
+class Reference(Protocol):
+    """Where the reference policy comes from."""
+
+    def load(self, loading: Loading) -> FrozenScorer:
+        """Return the frozen reference."""
+        ...

@@ -1,0 +1,1 @@
+"""References: the frozen policy that the student is kept near."""

@@ -1,0 +1,1 @@
+"""Regularizers: what adds to the value of a loss, or scales its weight."""
