@@ -198,6 +198,16 @@ def test_visitation_counts_every_walk_in_reach():
     assert seen[-1, 1] == 0.25
 
 
+def test_running_median():
+    """Deaf to single spikes, the first and the last entry included."""
+    line = torch.arange(101.0)
+    spiked = line.index_fill(0, torch.tensor([0, 50, 100]), 1e9)
+    found = picture.running_median(spiked)
+    assert found[20:80].tolist() == pytest.approx(line[20:80].tolist(), abs=1)
+    assert found[[0, -1]].tolist() == pytest.approx([0, 100], abs=10)
+    assert picture.running_median(torch.tensor([1.0])).tolist() == [1.0]
+
+
 @pytest.mark.parametrize(
     ("gammas", "shown"), [([0, 0.25, 0.5, 0.75, 1], [0, 2, 4]), ([0, 1], [0, 1]), ([0, 0.1, 0.2], [0, 1, 2])]
 )

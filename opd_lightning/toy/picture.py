@@ -51,7 +51,7 @@ def variance_figure(settings: GammaExperiment, measured: Measured) -> Figure:
             colour = colormaps["viridis"](0.9 * g / (len(settings.gammas) - 1))
             panel.semilogy(iterations, curve.numpy(), color=colour, alpha=0.15, linewidth=0.5)
             panel.semilogy(
-                iterations, _smooth(curve).numpy(), color=colour, linewidth=1.2, label=f"γ = {gamma:g}"
+                iterations, running_median(curve).numpy(), color=colour, linewidth=1.2, label=f"γ = {gamma:g}"
             )
         panel.set_title(f"{TASKS[t].name} task, seed {settings.seeds[s]}", fontsize=9)
         panel.tick_params(labelsize=8)
@@ -63,12 +63,11 @@ def variance_figure(settings: GammaExperiment, measured: Measured) -> Figure:
     return figure
 
 
-def _smooth(curve: Tensor) -> Tensor:
-    """Return a running median of an odd number of entries, fewer than WINDOW if there are few."""
-    width = min(WINDOW, curve.shape[-1])
-    width -= 1 - width % 2
-    ends = curve[:1].expand(width // 2), curve[-1:].expand(width // 2)
-    return torch.cat((ends[0], curve, ends[1])).unfold(0, width, 1).median(-1).values
+def running_median(curve: Tensor) -> Tensor:
+    """Return the median of WINDOW entries around each, fewer if there are few; beyond its ends the curve is mirrored."""
+    half = min(WINDOW, len(curve) - 1) // 2
+    before, after = curve[1 : half + 1].flip(0), curve[len(curve) - 1 - half : -1].flip(0)
+    return torch.cat((before, curve, after)).unfold(0, 2 * half + 1, 1).median(-1).values
 
 
 def shown_gammas(gammas: Sequence[float]) -> list[int]:
