@@ -64,7 +64,7 @@ def variance_figure(settings: GammaExperiment, measured: Measured) -> Figure:
 
 
 def running_median(curve: Tensor) -> Tensor:
-    """Return the median of WINDOW entries around each, fewer if there are few; beyond its ends the curve is mirrored."""
+    """Return the median of WINDOW entries around each, fewer if there are few; the curve is mirrored at its ends."""
     half = min(WINDOW, len(curve) - 1) // 2
     before, after = curve[1 : half + 1].flip(0), curve[len(curve) - 1 - half : -1].flip(0)
     return torch.cat((before, curve, after)).unfold(0, 2 * half + 1, 1).median(-1).values

@@ -69,14 +69,6 @@ def test_command_without_matplotlib(tmp_path, monkeypatch):
         ("gammas=01", "gammas"),
         ("iterations=9.5", "iterations"),
     ],
-        ("+gama=1", "gama"),
-        ("sigma=1", "sigma"),
-        ("pictures=3", "pictures"),
-        ("seeds=[x]", "seeds"),
-        ("seeds=1", "seeds"),
-        ("gammas=01", "gammas"),
-        ("iterations=9.5", "iterations"),
-    ],
 )
 def test_command_refuses(word, field, tmp_path):
     assert f"`{field}`" in here("toy_gamma", word, folder=tmp_path).sentence
