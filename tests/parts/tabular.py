@@ -18,6 +18,7 @@ from opd_lightning.types import (
     Candidates,
     Experience,
     Finish,
+    FullTerm,
     Origin,
     Problem,
     PromptBatch,

@@ -1,7 +1,7 @@
 """Expected gradients by enumeration: the score-function estimators against the exact objective.
 
 Each estimator's loss is computed by the component itself on every possible response, weighted with the
-response's probability, and differentiated. Points are those of numerics.md, section 11.
+response's probability, and differentiated.
 """
 
 from dataclasses import replace
@@ -40,30 +40,34 @@ def test_the_world_adds_up(world):
     close(world.sequence_reverse_kl().detach(), total, atol=1e-12)
 
 
+# numerics 11.18
 def test_sequence_is_unbiased(world):
-    """Point 18: E[g_seq] = grad J."""
+    """E[g_seq] = grad J."""
     got = world.expected_gradient(loss_of(Sequence(reward=LogRatio()), world))
     close(got, world.gradient(world.sequence_reverse_kl()))
 
 
+# numerics 11.18
 def test_rewards_to_go_are_unbiased(world):
-    """Point 18: gamma = 1 is the causal estimator, E[g_causal] = grad J."""
+    """Gamma = 1 is the causal estimator, E[g_causal] = grad J."""
     got = world.expected_gradient(loss_of(Discounted(reward=LogRatio(), gamma=1.0), world))
     close(got, world.gradient(world.sequence_reverse_kl()))
     close(got, world.score_sum(lambda d, t: sum(d[t:])))
 
 
+# numerics 11.18
 def test_token_has_exactly_the_stated_bias(world):
-    """Point 18: E[g_tok] = grad J - E sum_t sum_{t' > t} d_t' s_t."""
+    """E[g_tok] = grad J - E sum_t sum_{t' > t} d_t' s_t."""
     got = world.expected_gradient(loss_of(Token(reward=LogRatio()), world))
     bias = world.score_sum(lambda d, t: sum(d[t + 1 :]))
     close(got, world.gradient(world.sequence_reverse_kl()) - bias)
     assert bias.abs().max() > 1e-2  # else the test would say nothing
 
 
+# numerics 11.18
 @pytest.mark.parametrize("gamma", GAMMAS)
 def test_discounted_has_exactly_the_stated_bias(world, gamma):
-    """Point 18: what gamma < 1 leaves out is E sum_t sum_{t' > t} (1 - gamma^(t' - t)) d_t' s_t."""
+    """What gamma < 1 leaves out is E sum_t sum_{t' > t} (1 - gamma^(t' - t)) d_t' s_t."""
     got = world.expected_gradient(loss_of(Discounted(reward=LogRatio(), gamma=gamma), world))
 
     def left_out(d, t):
@@ -72,8 +76,9 @@ def test_discounted_has_exactly_the_stated_bias(world, gamma):
     close(got, world.gradient(world.sequence_reverse_kl()) - world.score_sum(left_out))
 
 
+# numerics 11.18
 def test_a_token_is_not_to_blame_for_the_past(world):
-    """Point 18: E[d_t' s_t] = 0 for t' < t, which is why returns need not look back."""
+    """E[d_t' s_t] = 0 for t' < t, which is why returns need not look back."""
     close(world.score_sum(lambda d, t: sum(d[:t])), torch.zeros_like(world.theta), atol=1e-12)
 
 
@@ -91,8 +96,9 @@ def test_gamma_may_be_a_schedule(world):
         assert loss_of(estimator, world, progress).value.equal(expected.value)
 
 
+# numerics 11.1, 11.19
 def test_log_ratio_as_advantage_is_reverse_kl(world):
-    """Points 1 and 19: k1 as a score function equals direct reverse KL at fixed prefixes."""
+    """K1 as a score function equals direct reverse KL at fixed prefixes."""
     got = world.expected_gradient(loss_of(Token(reward=LogRatio()), world))
     s, t = world.student_logp, world.teacher_logp
     visits = torch.tensor([world.visits[p] for p in world.prefixes], dtype=torch.float64)
@@ -101,8 +107,9 @@ def test_log_ratio_as_advantage_is_reverse_kl(world):
     close(got, world.expected_gradient(TopK(divergence=ReverseKL())(scores, experience, 0.0)))
 
 
+# numerics 11.1
 def test_log_ratio_differentiated_directly_teaches_nothing(world):
-    """Point 1: the expected gradient of d itself is 0, so it is refused."""
+    """The expected gradient of d itself is 0, so it is refused."""
     loss = loss_of(Token(reward=LogRatio()), world)
     direct = replace(loss, value=(world.scores.taken_logp - world.experience.teacher_taken_logp))
     close(world.expected_gradient(direct), torch.zeros_like(world.theta), atol=1e-12)
@@ -110,11 +117,12 @@ def test_log_ratio_differentiated_directly_teaches_nothing(world):
         Token(reward=LogRatio(), gradient="direct")
 
 
+# numerics 11.8
 def test_an_advantage_of_the_position_alone_teaches_nothing(world):
-    """Point 8: any number that does not depend on the sampled token has expected gradient 0."""
+    """Any number that does not depend on the sampled token has expected gradient 0."""
     per_prefix = torch.randn(len(world.prefixes), dtype=torch.float64)
 
-    def of_position(student_logp, teacher_logp):
+    def of_position(student_logp, teacher_logp, experience):
         return per_prefix[world.rows]
 
     got = world.expected_gradient(loss_of(Token(reward=of_position), world))
@@ -130,9 +138,10 @@ def test_floor_by_loops(world, floor):
     assert unbound.value.equal(loss_of(Token(reward=LogRatio()), world).value)
 
 
+# numerics 11.20
 @pytest.mark.parametrize("horizon", [1, 2, 4])
 def test_a_horizon_equals_a_shorter_rollout(world, horizon):
-    """Point 20: full rollout with the first N tokens in the loss = rollout stopped at N.
+    """Full rollout with the first N tokens in the loss = rollout stopped at N.
 
     gamma = 0, mean over the supervised tokens of each response, shared out by SequenceMean row by row.
     """
@@ -157,8 +166,9 @@ def test_a_horizon_equals_a_shorter_rollout(world, horizon):
     close(got, expected)
 
 
+# numerics 11.21
 def test_variance_bounds(world):
-    """Point 21: Var(g_tok) <= n^2 B_d^2 B_s^2 and Var(g_seq) <= n^4 B_d^2 B_s^2; sequence varies more."""
+    """Var(g_tok) <= n^2 B_d^2 B_s^2 and Var(g_seq) <= n^4 B_d^2 B_s^2; sequence varies more."""
     s, t = world.student_logp.detach(), world.teacher_logp
     bound_d = (s - t).abs().max().item()
     scores = torch.eye(world.vocab, dtype=torch.float64) - s.exp().unsqueeze(-2)

@@ -91,9 +91,10 @@ CASES = [
 ]
 
 
+# numerics 11.2, 11.3, 11.4, 11.5, 11.7, 11.19
 @pytest.mark.parametrize(("divergence", "form", "support"), CASES)
 def test_topk_differentiates_what_it_says(world, divergence, form, support):
-    """Points 2, 3, 4 (raw), 5, 7 and 19, under rollouts."""
+    """Every divergence in every form on every support, under rollouts."""
     component, truth = DIVERGENCES[divergence]
     select, ids = SUPPORTS[support]
     estimator = TopK(divergence=component, form=form)
@@ -117,19 +118,21 @@ def test_renormalised_scores_do_as_well_as_exact_ones(world, support):
     close(world.expected_gradient(renormalised), world.expected_gradient(exact), atol=1e-12)
 
 
+# numerics 11.2, 11.19
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_full_support(world, divergence, form):
-    """Points 2 and 19: the whole vocabulary through the head, whatever the form."""
+    """The whole vocabulary through the head, whatever the form."""
     component, truth = DIVERGENCES[divergence]
     loss = TopK(divergence=component, form=form)(*world.on_everything(component), 0.0)
     everything = objective(world, truth, FORMS["plain"], lambda s, t, y: set(range(world.vocab)))
     close(world.expected_gradient(loss), world.gradient(everything))
 
 
+# numerics 11.2
 @pytest.mark.parametrize("form", ["renormalised", "plain"])
 def test_all_ids_as_support_equal_the_full_support(world, form):
-    """Point 2: K = V."""
+    """K = V."""
     estimator = TopK(divergence=ReverseKL(), form=form)
     listed = estimator(*world.on_support(TeacherTopK(k=world.vocab)), 0.0)
     whole = estimator(*world.on_everything(ReverseKL()), 0.0)
@@ -137,8 +140,9 @@ def test_all_ids_as_support_equal_the_full_support(world, form):
     close(world.expected_gradient(listed), world.expected_gradient(whole), atol=1e-12)
 
 
+# numerics 11.15
 def test_taken_or_not_taken_is_not_reverse_kl(world):
-    """Point 15: the two-category divergence of the taken token has the gradient of section 2, not RKL's."""
+    """The two-category divergence of the taken token has the gradient of section 2, not RKL's."""
     loss = TopK(divergence=ReverseKL(), form="tail")(*world.on_support(Sampled()), 0.0)
     got = world.expected_gradient(loss)
     s, t = world.student_logp.detach().exp(), world.teacher_logp.exp()
