@@ -15,6 +15,7 @@ from opd_lightning.collector import Collector, check_sizes
 from opd_lightning.data import Evaluation, OnPolicyData
 from opd_lightning.errors import ConfigError, require
 from opd_lightning.loading import FrozenScorer, Loading, Reference
+from opd_lightning.lora import Lora
 from opd_lightning.models import (
     check_dtype,
     load_model,
@@ -92,6 +93,7 @@ def assemble(
     student_dtype: str = "float32",
     head_chunk: int = 2048,
     temperature: float = 1.0,
+    lora: Lora | None = None,
     split: str = "validation",
     seed: int = 0,
 ) -> Run:
@@ -99,7 +101,7 @@ def assemble(
 
     ``head_chunk`` is the number of positions whose logits are alive at once, ``temperature`` the scoring
     temperature, of every model alike. ``reference`` is loaded only if a part needs it (default: the
-    starting student).
+    starting student). ``lora`` puts adapters on the student, which are then all that is trained.
 
     Raises:
         ConfigError: anything that cannot work, before a weight is read wherever possible.
@@ -119,6 +121,8 @@ def assemble(
     held_out = task.problems(split)
     validation = Prompts(problems=held_out, tokenizer=tokenizer, seed=0, **limits) if len(held_out) else None  # type: ignore[arg-type]
     model = load_model(student_path, "student.path", student_dtype)
+    if lora is not None:
+        lora.add_to(model, seed)
     student = Scorer(model, vocab, head_chunk, temperature)
     check_head(student, student_path)
     student.train()
@@ -136,9 +140,11 @@ def assemble(
         chunk=head_chunk,
         temperature=temperature,
         max_prompt_tokens=collector.max_prompt_tokens,
+        problems=training.known,
     )
     frozen = teacher.load(loading)
     _check_given_ids(objective, frozen)
+    _check_changing(objective, frozen, collector.steps_per_collection, rollout)
     student.set_target("teacher", frozen.scorer)
     referred = (reference or Initial()).load(loading) if objective.needs.reference else None
     if referred is not None:
@@ -196,4 +202,21 @@ def _check_given_ids(objective: Objective, teacher: FrozenScorer) -> None:
         raise ConfigError(
             f"`support` must be the teacher's own top ids for {type(teacher).__name__}, which cannot score given "
             f"ids, got {type(objective.support).__name__}; use support=teacher, or a teacher in this process"
+        )
+
+
+def _check_changing(objective: Objective, teacher: FrozenScorer, steps: int, rollout: RolloutSampler) -> None:
+    """Refuse a teacher that changes, or that has a prompt of its own, where another one is read."""
+    follows = isinstance(teacher, Follows) and objective.needs.full and steps > 1
+    require(
+        not follows,
+        "collector.steps_per_collection",
+        "be 1 with support=full and a teacher that follows the student, whose head would be later than its states",
+        steps,
+        "use 1, another support, or teacher.weights=initial",
+    )
+    if "mixed" in rollout.writers and teacher.view is not None:
+        raise ConfigError(
+            "`rollout` must draw from one model beside a teacher with a context of its own, got both models mixed; "
+            "use rollout=top_p, or teacher.context=null"
         )

@@ -27,6 +27,7 @@ KEYS = {
     *("task", "student", "engine", "split", "problems", "temperature", "samples", "top_p", "top_k", "min_p"),
     *("max_new_tokens", "max_prompt_tokens", "long_prompts", "batch", "seed", "accelerator"),
     *("student.path", "student.dtype", "student.head_chunk", "student.scoring_temperature"),
+    "student.lora",
 }
 _SHOWN = ("split", "samples", "temperature", "top_p", "top_k", "min_p", "max_new_tokens", "seed")
 
@@ -86,6 +87,8 @@ def _sampling(config: DictConfig) -> Sampling:
 def _check(config: DictConfig) -> None:
     """Refuse a number out of its range, before a model is loaded."""
     check_seed(config.seed)
+    lora = config.student.lora
+    require(lora is None, "student.lora", "be null: a saved student holds its adapters", lora, "leave it out")
     for name in ("problems", "samples", "batch"):
         value = config[name]
         whole = (isinstance(value, int) and value >= 1) or (name == "problems" and value is None)

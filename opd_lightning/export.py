@@ -8,6 +8,7 @@ import lightning as L
 from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from opd_lightning.lora import adapted, merged, save_adapter
 from opd_lightning.module import OnPolicyDistillation
 
 
@@ -16,6 +17,7 @@ def save_student(
 ) -> None:
     """Write model, generation config and tokenizer to ``folder`` on the first process.
 
+    Adapters are merged into the written weights, and written by themselves to ``folder/adapter`` too.
     Sharded parameters are gathered by every process, so that all must call it, and held by the first.
     """
     model = module.student.model
@@ -27,7 +29,11 @@ def save_student(
         if trainer.is_global_zero:
             whole[parameter] = gathered
     if trainer.is_global_zero:
-        model.save_pretrained(folder, state_dict={name: whole[p] for name, p in parameters.items()})
+        state = {name: whole[p] for name, p in parameters.items()}
+        if adapted(model):
+            save_adapter(model, folder / "adapter")
+            state = merged(model, state)
+        model.save_pretrained(folder, state_dict=state)
         tokenizer.save_pretrained(folder)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from opd_lightning.errors import require
-from opd_lightning.models import load_model
+from opd_lightning.models import evaluating, load_model
 from opd_lightning.scorer import Scorer, check_head
-from opd_lightning.types import PromptBatch, Scores, TokenBatch, Want
+from opd_lightning.types import Problem, PromptBatch, Scores, TokenBatch, Want
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,22 @@ class FrozenScorer:
         return self
 
 
+@dataclass(frozen=True)
+class SharedScorer(FrozenScorer):
+    """The student itself, scoring without gradient and without dropout. No copy: the trainer moves the weights."""
+
+    def __call__(
+        self, tokens: TokenBatch, want: Want, support_ids: Int[Tensor, "batch time k"] | None = None
+    ) -> Scores:
+        """Score the tokens with the student's weights as they are now."""
+        with evaluating(self.scorer):
+            return super().__call__(tokens, want, support_ids)
+
+    def to(self, device: torch.device | str) -> SharedScorer:
+        """Leave the weights where the trainer has them."""
+        return self
+
+
 @dataclass(frozen=True, kw_only=True)
 class Loading:
     """The run that a model is loaded for: the student, the shared vocabulary, and how the head is read.
@@ -52,6 +68,7 @@ class Loading:
         chunk: positions whose logits are alive at once.
         temperature: scoring temperature of every model.
         max_prompt_tokens: longest prompt.
+        problems: those that will be trained on, where they are known beforehand.
     """
 
     student: Scorer
@@ -62,6 +79,7 @@ class Loading:
     chunk: int
     temperature: float = 1.0
     max_prompt_tokens: int = 512
+    problems: Sequence[Problem] = ()
 
     def check_temperature(self, temperature: float | None, field: str) -> None:
         """Refuse a model that would be scored at another temperature than the student; None is the student's."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -101,6 +104,18 @@ def _sentence(path: str, field: str, error: Exception, what: str = "causal langu
     )
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Hold every module of ``model`` in evaluation mode; modules that were so before stay so after."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Return every id that ends a response: the generation config's, else the tokenizer's."""
     configured = model.generation_config.eos_token_id if model.generation_config else None
@@ -111,14 +126,17 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tupl
 
 
 def shared_vocabulary(
-    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, widths: tuple[int, int]
+    student: PreTrainedTokenizerBase,
+    teacher: PreTrainedTokenizerBase,
+    widths: tuple[int, int],
+    field: str = "teacher.path",
 ) -> int:
     """Return the width of the vocabulary that two models share, after checking that ids mean the same.
 
     Tokenizers must give every ordinary token the same id, every added token (a turn's end, a thought tag)
     that both have too, and cut text the same way. Padded widths (151,936 and 152,064 of one tokenizer)
     and added tokens that one alone has may differ; both models are then read up to the smaller width
-    (numerics.md, section 7).
+    (numerics.md, section 7). ``field`` names the second model in errors.
 
     Raises:
         ConfigError: the tokenizers differ.
@@ -132,24 +150,24 @@ def shared_vocabulary(
         differing = sorted(t for t in every if ordinary[0].get(t) != ordinary[1].get(t))
         token, ids = differing[0], [vocabulary.get(differing[0]) for vocabulary in ordinary]
         raise ConfigError(
-            f"`teacher.path` must have the student's tokenizer, got one in which {len(differing)} ordinary tokens "
-            f"differ (for example {token!r}: student id {ids[0]}, teacher id {ids[1]}); "
-            "choose a teacher of the same family, since log-probs are compared id by id"
+            f"`{field}` must have the student's tokenizer, got one in which {len(differing)} ordinary tokens "
+            f"differ (for example {token!r}: student id {ids[0]}, its id {ids[1]}); "
+            "choose a model of the same family, since log-probs are compared id by id"
         )
     vocabularies = [tok.get_vocab() for tok in (student, teacher)]
     both = vocabularies[0].keys() & vocabularies[1].keys()
     if moved := sorted(t for t in both if vocabularies[0][t] != vocabularies[1][t]):
         ids = [vocabulary[moved[0]] for vocabulary in vocabularies]
         raise ConfigError(
-            f"`teacher.path` must have the student's tokenizer, got one in which {len(moved)} special tokens have "
-            f"other ids (for example {moved[0]!r}: student id {ids[0]}, teacher id {ids[1]}); choose a teacher of "
+            f"`{field}` must have the student's tokenizer, got one in which {len(moved)} special tokens have "
+            f"other ids (for example {moved[0]!r}: student id {ids[0]}, its id {ids[1]}); choose a model of "
             "the same family, or the student would learn to stop at another token"
         )
     for text in _PROBES:
         cut = [tok(text, add_special_tokens=False)["input_ids"] for tok in (student, teacher)]
         if cut[0] != cut[1]:
             raise ConfigError(
-                f"`teacher.path` must have the student's tokenizer, got one that cuts {text!r} otherwise "
-                f"({len(cut[0])} and {len(cut[1])} tokens); choose a teacher of the same family"
+                f"`{field}` must have the student's tokenizer, got one that cuts {text!r} otherwise "
+                f"({len(cut[0])} and {len(cut[1])} tokens); choose a model of the same family"
             )
     return min(widths)

@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from opd_lightning.diagnostics.responses import ResponseMetrics
 from opd_lightning.errors import require
+from opd_lightning.lora import adapted
 from opd_lightning.objective import Objective
 from opd_lightning.protocols import Follows
 from opd_lightning.scorer import Scorer
@@ -60,8 +61,30 @@ class OnPolicyDistillation(L.LightningModule):
         """Shard the student under ``strategy=fsdp``; elsewhere it stays as it is."""
         mesh = getattr(self, "device_mesh", None)
         if mesh is not None and not self._sharded:
+            self._refuse_sharding()
             shard(self.student, mesh["data_parallel"])
             self._sharded = True
+
+    def _refuse_sharding(self) -> None:
+        """Refuse what reads whole weights between the steps.
+
+        Raises:
+            ConfigError: a teacher that follows the student, or adapters.
+        """
+        require(
+            self.__dict__["follower"] is None,
+            "strategy",
+            "leave the student whole for a teacher that follows it",
+            "fsdp",
+            "use strategy=ddp, or teacher.weights=initial",
+        )
+        require(
+            not adapted(self.student.model),
+            "strategy",
+            "leave a student with adapters whole",
+            "fsdp",
+            "use strategy=ddp, or student.lora=null",
+        )
 
     def training_step(self, experience: Experience, batch_idx: int) -> Tensor:
         """Return this micro-batch's part of the optimizer step's loss, scaled against Lightning's means."""

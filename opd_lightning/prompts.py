@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from jinja2 import TemplateError
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from opd_lightning.chat import encode, left_padded
 from opd_lightning.errors import ConfigError, require
 from opd_lightning.seeds import mix
 from opd_lightning.types import Problem, PromptBatch
@@ -80,25 +80,18 @@ class Prompts:
             )
         log.warning("%s and are left out; %s to keep them", share, remedy)
 
+    @property
+    def known(self) -> Sequence[Problem]:
+        """The problems that are kept, where they are in memory; none of a generated split."""
+        held = isinstance(self.problems, list | tuple)
+        return [self.problems[int(i)] for i in self.kept] if held else ()
+
     def __len__(self) -> int:
         return len(self.kept)
 
     def encode(self, problem: Problem) -> list[int]:
         """Return the prompt's token ids, chat template applied where the tokenizer has one."""
-        if self.tokenizer.chat_template is None:
-            text = "\n\n".join(str(m["content"]) for m in problem.messages)
-            return list(self.tokenizer(text)["input_ids"])
-        messages = [dict(m) for m in problem.messages]
-        try:
-            ids = self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=False
-            )
-        except TemplateError as error:
-            raise ConfigError(
-                f"`messages` must be what the student's chat template takes, got {messages!r:.120} ({error}); "
-                "change the rows, or the chat template beside the tokenizer"
-            ) from error
-        return list(ids)
+        return encode(self.tokenizer, problem.messages)
 
     def stream(self, positions: Sequence[int]) -> PromptBatch:
         """Return the prompts at ``positions`` of the endless stream, each with its own seed."""
@@ -122,11 +115,7 @@ class Prompts:
             # Only a generated split comes here: it cannot be searched for long prompts beforehand.
             long = sum(len(ids) > self.max_tokens for ids in encoded)
             self._report(long, len(encoded), longest, refuse=True)
-        ids = torch.zeros(len(encoded), longest, dtype=torch.long)
-        mask = torch.zeros(len(encoded), longest, dtype=torch.bool)
-        for row, prompt in enumerate(encoded):
-            ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-            mask[row, longest - len(prompt) :] = True
+        ids, mask = left_padded(encoded)
         return PromptBatch(ids=ids, mask=mask, problems=tuple(problems), seeds=tuple(seeds))
 
 

@@ -32,7 +32,9 @@ from opd_lightning.commands import (
 from opd_lightning.diagnostics.responses import ResponseMetrics
 from opd_lightning.errors import ConfigError, require
 from opd_lightning.export import save_student
+from opd_lightning.lora import Lora
 from opd_lightning.objective import Objective
+from opd_lightning.protocols import Follows
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +43,7 @@ KEYS = {
     *("regularizer", "mask", "reduction", "collector", "evaluation", "optimizer", "scheduler", "trainer"),
     *("strategy", "logger", "callbacks", "reference", "seed"),
     *("student.path", "student.dtype", "student.head_chunk", "student.scoring_temperature"),
+    "student.lora",
     *("evaluation.split", "evaluation.every_steps", "evaluation.settings", "evaluation.teacher"),
     *(f"collector.{field.name}" for field in fields(CollectorSettings)),
 }
@@ -75,9 +78,21 @@ def run_from(config: DictConfig) -> Run:
         student_dtype=config.student.dtype,
         head_chunk=config.student.head_chunk,
         temperature=config.student.scoring_temperature,
+        lora=lora_from(config),
         split=config.evaluation.split,
         seed=config.seed,
     )
+
+
+def lora_from(config: DictConfig) -> Lora | None:
+    """Build the student's adapters, None for none."""
+    if config.student.lora is None:
+        return None
+    lora = build(config.student.lora)
+    remedy = "use student/lora=default, and student.lora.rank=8 for one of its values"
+    require(isinstance(lora, Lora), "student.lora", "be null or an option of its own", lora, remedy)
+    assert isinstance(lora, Lora)
+    return lora
 
 
 def optimizer_from(config: DictConfig) -> Any:
@@ -157,12 +172,13 @@ def plan(config: DictConfig, run: Run, folder: Path) -> str:
     millions = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (student, teacher)]
     collector, rollout, trainer = config.collector, config.rollout, config.trainer
     responses = collector.prompts_per_collection * rollout.samples
+    changes = "follows the student" if isinstance(run.teacher, Follows) else "frozen"
     parts = [config.estimator, config.support, config.reduction]
     names = " + ".join(str(part._target_).rsplit(".", 1)[-1] for part in parts)
     return "\n".join(
         [
             f"student   {config.student.path} ({millions[0]:.2f} M parameters)",
-            f"teacher   {config.teacher.path} ({millions[1]:.2f} M parameters, frozen)",
+            f"teacher   {config.teacher.path} ({millions[1]:.2f} M parameters, {changes})",
             f"objective {names}",
             f"plan      {trainer.max_steps} optimizer steps, {collector.steps_per_collection} on each collection of "
             f"{responses} responses of at most {_number(rollout.max_new_tokens)} tokens",
@@ -268,6 +284,9 @@ def teacher_accuracy(run: Run) -> float | None:
     """Return the share of held-out problems that the teacher answers rightly, greedily, on this process."""
     data = run.data
     if data.validation is None:
+        return None
+    if run.teacher.view is not None:
+        log.info("teacher_accuracy is left out: without its context the teacher is a student")
         return None
     metric = ResponseMetrics(sync_on_compute=False)
     sampling, samples = data.evaluation.modes()[0]

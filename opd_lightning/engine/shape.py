@@ -101,9 +101,10 @@ def _untouched(model: nn.Module) -> bool:
         if isinstance(module, _PLAIN) and _own_class(module) not in _PLAIN:
             return False
     body = model.get_submodule("model")
-    layer = next(iter(body.get_submodule("layers").children()))
     names = [f"self_attn.{n}_proj" for n in "qkvo"] + [f"mlp.{n}_proj" for n in ("gate", "up", "down")]
-    return all(_own_class(layer.get_submodule(name)) is nn.Linear for name in names)
+    # Every layer: an adapter may sit on some of them only, and adds nothing yet when it is first compared.
+    layers = list(body.get_submodule("layers").children())
+    return all(_own_class(layer.get_submodule(name)) is nn.Linear for layer in layers for name in names)
 
 
 def _plain_weights(model: nn.Module) -> bool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +13,7 @@ from opd_lightning.engine.drawn import Record, join
 from opd_lightning.engine.sampling import check, row_uniforms
 from opd_lightning.engine.shape import agrees, supports
 from opd_lightning.errors import ConfigError, require
+from opd_lightning.models import evaluating
 from opd_lightning.types import Generation, PromptBatch, Sampling
 
 _METHODS = ("auto", "loop", "generate")
@@ -54,7 +53,7 @@ class TransformersEngine:
         uniforms = row_uniforms(prompts.seeds, sampling.max_new_tokens).to(prompts.ids.device)
         order = lengths.argsort(stable=True)
         chunks = []
-        with _evaluating(model):
+        with evaluating(model):
             decoder = self._decoder(model, prompts)
             for rows in order.tensor_split(-(-len(prompts) // self.batch_size)):
                 # The rows of a chunk have similar lengths; the padding that all of them share goes.
@@ -77,15 +76,3 @@ class TransformersEngine:
                 "the fast decoder runs unmodified Llama, Mistral, Qwen2 and Qwen3 only"
             )
         return None
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Hold every module of ``model`` in evaluation mode; modules that were so before stay so after."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -1,0 +1,210 @@
+"""The student's own model as its teacher: shown a solution, or averaged over the run."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from opd_lightning.chat import encode, left_padded
+from opd_lightning.errors import ConfigError, require
+from opd_lightning.loading import FrozenScorer, Loading, SharedScorer
+from opd_lightning.protocols import Scoring
+from opd_lightning.schedule import within
+from opd_lightning.scorer import Scorer
+from opd_lightning.types import Problem, PromptBatch
+
+_WEIGHTS = ("initial", "live", "ema")
+_SOLUTIONS = ("response", "answer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfTeacher:
+    """T(. | x, y<t) = M(. | x + context, y<t) with the student's own model M (arXiv 2601.18734, 2601.19897).
+
+    The teacher scores the student's response behind a prompt whose last user message ends with
+    ``context``. M is the starting student (``weights="initial"``), the student as it is now (``"live"``,
+    no copy), or the average ``M <- decay * M + (1 - decay) * student`` over optimizer steps (``"ema"``; of
+    the adapters where the student has some). Averages are not in checkpoints: a run that goes on from one
+    starts its average again.
+
+    Args:
+        path: the student's; another model is accepted with ``weights="initial"``.
+        dtype: torch dtype of the weights; an average needs at least float32.
+        scoring_temperature: None for the student's, which is the only one that is accepted.
+        weights: ``"initial"``, ``"live"`` or ``"ema"``.
+        decay: of the average, in [0, 1].
+        context: text with ``{solution}`` or ``{answer}`` or without; None for the student's own prompt.
+        solution: which text of a problem ``{solution}`` is, ``"response"`` or ``"answer"``.
+        max_prompt_tokens: longest prompt with the context.
+
+    Raises:
+        ConfigError: a field out of its range, or a live teacher that would see what the student sees.
+    """
+
+    path: str
+    dtype: str
+    scoring_temperature: float | None
+    weights: str
+    decay: float
+    context: str | None
+    solution: str
+    max_prompt_tokens: int
+
+    def __post_init__(self) -> None:
+        known = self.weights in _WEIGHTS
+        require(known, "teacher.weights", f"be one of {_WEIGHTS}", self.weights, "use initial")
+        require(within(self.decay, 0.0, 1.0), "teacher.decay", "be in [0, 1]", self.decay, "use 0.999")
+        text = self.context is None or (isinstance(self.context, str) and bool(self.context.strip()))
+        require(text, "teacher.context", "be a text or null", self.context, "write one with {solution}")
+        known = self.solution in _SOLUTIONS
+        require(known, "teacher.solution", f"be one of {_SOLUTIONS}", self.solution, "use response")
+        longest = self.max_prompt_tokens
+        whole = isinstance(longest, int) and longest >= 1
+        require(whole, "teacher.max_prompt_tokens", "be a whole number of at least 1", longest, "use 1024")
+        require(
+            self.weights != "live" or self.context is not None,
+            "teacher.context",
+            "be a text with teacher.weights=live: under one prompt the teacher would be the student",
+            self.context,
+            "use teacher=self, or teacher=ema",
+        )
+
+    def load(self, loading: Loading) -> FrozenScorer:
+        """Return the teacher; its view is the prompt with the context.
+
+        Raises:
+            ConfigError: another scoring temperature than the student's; a problem without a solution; a
+                path or dtype that these weights cannot have.
+        """
+        loading.check_temperature(self.scoring_temperature, "teacher.scoring_temperature")
+        view = None
+        if self.context is not None:
+            view = PrivilegedView(
+                tokenizer=loading.tokenizer,
+                context=self.context,
+                solution=self.solution,
+                max_tokens=self.max_prompt_tokens,
+            )
+            view.encode(loading.problems)
+        if self.weights == "initial":
+            return FrozenScorer(loading.frozen(self.path, "teacher.path", self.dtype), view)
+        require(
+            self.path == loading.student_path,
+            "teacher.path",
+            f"be the student's with teacher.weights={self.weights}",
+            self.path,
+            "leave it ${student.path}, or use teacher.weights=initial",
+        )
+        if self.weights == "live":
+            require(
+                self.dtype == loading.student_dtype,
+                "teacher.dtype",
+                f"be the student's {loading.student_dtype} with teacher.weights=live",
+                self.dtype,
+                "leave it ${student.dtype}",
+            )
+            return LiveScorer(loading.student, view)
+        return AveragedScorer(self._copy(loading), view, decay=self.decay)
+
+    def _copy(self, loading: Loading) -> Scorer:
+        """Return a frozen copy of the student, adapters and all."""
+        student = loading.student
+        averaged = [name for name, p in student.model.named_parameters() if p.requires_grad]
+        model = copy.deepcopy(student.model).eval().requires_grad_(False)
+        if self.dtype != loading.student_dtype:
+            model = model.to(getattr(torch, self.dtype))  # type: ignore[arg-type]
+        held = dict(model.named_parameters())
+        # In 16 bits a thousandth of a change is lost in rounding, and the average would stand still.
+        wide = all(torch.finfo(held[name].dtype).bits >= 32 for name in averaged)
+        require(wide, "teacher.dtype", "be at least float32 for a moving average", self.dtype, "use float32")
+        return Scorer(model, student.vocab, student.chunk, student.temperature)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivilegedView:
+    """Prompts as a teacher sees them: the last user message ends with a text that the student is not shown."""
+
+    tokenizer: PreTrainedTokenizerBase
+    context: str
+    solution: str
+    max_tokens: int
+
+    def __call__(self, prompts: PromptBatch) -> PromptBatch:
+        """Return the same problems and seeds with the changed prompts, left-padded.
+
+        Raises:
+            ConfigError: a problem without what the context shows, or a prompt over the limit.
+        """
+        ids, mask = left_padded(self.encode(prompts.problems))
+        device = prompts.ids.device
+        return replace(prompts, ids=ids.to(device), mask=mask.to(device))
+
+    def encode(self, problems: Sequence[Problem]) -> list[list[int]]:
+        """Return each changed prompt's ids."""
+        rows = [encode(self.tokenizer, self._messages(problem)) for problem in problems]
+        longest = max(map(len, rows), default=0)
+        require(
+            longest <= self.max_tokens,
+            "teacher.max_prompt_tokens",
+            f"cover the prompts with their context, the longest of which has {longest} tokens",
+            self.max_tokens,
+            f"use {longest} or more",
+        )
+        return rows
+
+    def _messages(self, problem: Problem) -> list[dict[str, Any]]:
+        messages = [dict(message) for message in problem.messages]
+        asked = [message for message in messages if message["role"] == "user"]
+        if not asked:
+            raise ConfigError(
+                f"`task` must give each prompt a user's message for teacher.context to end, got none for problem "
+                f"{problem.index}; change the row, or use teacher.context=null"
+            )
+        asked[-1]["content"] = str(asked[-1]["content"]) + self._shown(problem)
+        return messages
+
+    def _shown(self, problem: Problem) -> str:
+        # Replaced and not formatted: a text about mathematics has braces of its own.
+        for place, name in (("{solution}", self.solution), ("{answer}", "answer")):
+            value = getattr(problem, name)
+            if place in self.context and not value:
+                raise ConfigError(
+                    f"`task` must give each training problem {_article(name)} for {place} of teacher.context, got none "
+                    f"for problem {problem.index}; add {name!r} to each row, or change teacher.context or "
+                    "teacher.solution"
+                )
+        text = self.context.replace("{answer}", problem.answer or "")
+        return text.replace("{solution}", getattr(problem, self.solution) or "")
+
+
+def _article(name: str) -> str:
+    return f"an {name}" if name == "answer" else f"a {name}"
+
+
+class LiveScorer(SharedScorer):
+    """The student as it is now, under a prompt of the teacher's own."""
+
+    def follow(self, student: Scoring) -> None:
+        """Do nothing: these are the student's weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AveragedScorer(FrozenScorer):
+    """A copy of the student that moves towards it: ``M <- decay * M + (1 - decay) * student``."""
+
+    decay: float
+
+    @torch.no_grad()
+    def follow(self, student: Scoring) -> None:
+        """Take one step towards ``student``, on what it trains."""
+        assert isinstance(student, Scorer)
+        held = dict(self.scorer.model.named_parameters())
+        for name, parameter in student.model.named_parameters():
+            if parameter.requires_grad:
+                mine = held[name]
+                mine.mul_(self.decay).add_(parameter.to(mine), alpha=1 - self.decay)
