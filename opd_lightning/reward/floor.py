@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,8 +18,8 @@ from opd_lightning.types import Experience, Needs
 class Floor:
     """max(r, floor), detached: no token is punished by more than ``floor`` (REOPOLD, arXiv 2603.11137).
 
-    The paper writes the floor as (log lambda) / (1 - lambda), nats. It bounds a heavy tail of r and
-    makes the expected gradient differ from reverse KL's wherever it binds.
+    The floor, nats, bounds a heavy tail of r and makes the expected gradient differ from reverse KL's
+    wherever it binds. The paper's formula has two readings: :meth:`mixture` and :meth:`odds`.
 
     Raises:
         ConfigError: if ``floor`` is not a number of at most 0.
@@ -37,6 +38,20 @@ class Floor:
             "use -1.72, the paper's lambda = 0.3, or reward=log_ratio for none",
         )
 
+    @classmethod
+    def mixture(cls, weight: float) -> Floor:
+        """Return the floor (log lambda) / (1 - lambda), -1.72 at lambda = 0.3; lambda in (0, 1).
+
+        It is the infimum of (1 - lambda)^-1 log(lambda + (1 - lambda) T/S), the log-ratio to the mixture
+        lambda S + (1 - lambda) T rescaled to slope 1 at T = S, which is never below the floored r.
+        """
+        return cls(floor=math.log(_between(weight, 1.0)) / (1.0 - weight))
+
+    @classmethod
+    def odds(cls, weight: float) -> Floor:
+        """Return the floor log(lambda / (1 - lambda)), -0.85 at lambda = 0.3; lambda in (0, 1/2]."""
+        return cls(floor=math.log(_between(weight, 0.5) / (1.0 - weight)))
+
     def __call__(
         self,
         student_logp: Float[Tensor, "batch time"],
@@ -45,3 +60,10 @@ class Floor:
     ) -> Float[Tensor, "batch time"]:
         """Return the floored r for each token, nats."""
         return log_ratio(student_logp, teacher_logp).detach().clamp(min=self.floor)
+
+
+def _between(weight: float, most: float) -> float:
+    inside = isinstance(weight, (int, float)) and 0.0 < weight <= most and weight < 1.0
+    range_ = "(0, 1)" if most == 1.0 else f"(0, {most:g}]"
+    require(inside, "reward.weight", f"be in {range_}", weight, "use 0.3, the paper's lambda")
+    return weight
