@@ -48,6 +48,11 @@ class Objective:
                     f"got {size}: a distribution renormalised on one token is always 1 and its divergence always 0; "
                     "use support.k=16, estimator.form=tail, or estimator=token for the sampled token alone"
                 )
+            if needs.reference_support and self.support.needs.full:
+                raise ConfigError(
+                    f"`support` must select tokens for {name}, got the whole vocabulary; "
+                    "use regularizer.reference_kl.form=full, or support=teacher"
+                )
             if needs.advantage and not getattr(self.estimator, "advantage", False):
                 raise ConfigError(
                     f"`estimator` must have advantages for {name}, got {type(self.estimator).__name__}, which "
