@@ -194,3 +194,21 @@ class World:
                 score[y] += 1.0
                 total[i] += probability * credit(costs, position) * score
         return total
+
+
+def with_reference(world: World, table: Tensor, support=None) -> tuple[Scores, Experience]:
+    """Scores and experience that also hold a reference given by its logits, in every form."""
+    term = FullTerm("reference", forms.reverse_kl)
+    scores, experience = (world.scores, world.experience) if support is None else world.on_support(support)
+    reference = table.log_softmax(-1)
+    head = Head(weight=torch.eye(world.vocab, dtype=torch.float64))
+    hidden, other = world.theta[world.rows], table[world.rows]
+    value = full(hidden.flatten(0, 1), head, other.flatten(0, 1), head, term.divergence, chunk=7)
+    on_ids = None if support is None else reference[world.rows].gather(-1, experience.support_ids)
+    experience = replace(
+        experience,
+        reference_taken_logp=world.taken(reference),
+        reference_hidden=other,
+        reference_support_logp=on_ids,
+    )
+    return replace(scores, full={term: value.reshape(world.ids.shape)}), experience
