@@ -212,3 +212,14 @@ def with_reference(world: World, table: Tensor, support=None) -> tuple[Scores, E
         reference_support_logp=on_ids,
     )
     return replace(scores, full={term: value.reshape(world.ids.shape)}), experience
+
+
+def stale(world: World, seed: int = 5, size: float = 0.5) -> Tensor:
+    """Logits of another student, some way off."""
+    random = torch.Generator().manual_seed(seed)
+    return world.theta.detach() + size * torch.randn(world.theta.shape, generator=random, dtype=torch.float64)
+
+
+def collected(world: World, table: Tensor) -> Experience:
+    """The world's experience, with the student at collection given by its logits."""
+    return replace(world.experience, collected_logp=world.taken(table.log_softmax(-1)))
