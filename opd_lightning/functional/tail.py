@@ -53,7 +53,7 @@ def head_with_sampled_tail(
         ===========  ====================  ==================  ========================================
 
     Which form the head has is part of ``correction``; entries that are not ``valid`` do not matter, nor do
-    the taken log-probs where ``taken_in_support``. The teacher and the support are held fixed.
+    the taken log-probs and the weight where ``taken_in_support``. The teacher and the support are held fixed.
 
     Raises:
         ValueError: for an unknown ``correction``.
@@ -61,12 +61,13 @@ def head_with_sampled_tail(
     if correction not in _HEADS:
         raise ValueError(f"correction must be one of {', '.join(_HEADS)}, got {correction!r}")
     head = _HEADS[correction](plain(student_logp, valid), plain(teacher_logp, valid).detach())
-    # Chosen before any arithmetic, as what stands at the other places may be infinite.
-    student = torch.where(taken_in_support, 0.0, taken_student_logp).clamp(min=LOG_ZERO)
+    # Chosen before any arithmetic, as what stands at the other places may be infinite; two zeros make no tail.
+    student = torch.where(taken_in_support, 0.0, taken_student_logp)
     teacher = torch.where(taken_in_support, 0.0, taken_teacher_logp).clamp(min=LOG_ZERO)
     cost = -log_ratio(student, teacher).detach()
     score = student.to(cost.dtype)
     score = score - score.detach()  # 0 with the gradient of log S(y)
     tail = cost + (cost + 1.0 if correction == "plus_one" else cost) * score
-    tail = torch.where(taken_in_support, 0.0, tail)
-    return head + (tail if weight is None else weight.detach() * tail)
+    if weight is None:
+        return head + tail
+    return head + torch.where(taken_in_support, 0.0, weight.detach()) * tail

@@ -115,7 +115,7 @@ def test_teacher_and_support_are_held_fixed(correction, position):
 @pytest.mark.parametrize("garbage", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("correction", CORRECTIONS)
 def test_what_does_not_exist_does_not_matter(correction, garbage, position):
-    """Neither an id that is not valid nor the log-probs of a taken token that the head holds already."""
+    """Neither an id that is not valid nor what is given of a taken token that the head holds already."""
     expected = position.estimate(correction)
     bad = torch.full((VOCAB, 1), garbage, dtype=torch.float64)
     taken = torch.where(position.inside, garbage, position.student)
@@ -126,6 +126,7 @@ def test_what_does_not_exist_does_not_matter(correction, garbage, position):
         valid=torch.tensor([True] * K + [False]).expand(VOCAB, -1),
         taken_student_logp=taken,
         taken_teacher_logp=torch.where(position.inside, garbage, position.teacher),
+        weight=torch.where(position.inside, garbage, 1.0),
     )
     close(got, expected, atol=1e-12)
     close(position.gradient(got.sum()), position.gradient(expected.sum()), atol=1e-12)
