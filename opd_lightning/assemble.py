@@ -62,6 +62,7 @@ class CollectorSettings:
     probe_rows: int
     max_prompt_tokens: int
     long_prompts: Literal["drop", "refuse"]
+    prompt_pool: int | None = None
 
     def __post_init__(self) -> None:
         check_sizes(self.prompts_per_collection, self.steps_per_collection, self.score_rows, self.probe_rows)
@@ -117,7 +118,8 @@ def assemble(
     require(most <= vocab, "support.k", f"be at most the vocabulary's {vocab} ids", most, "use support=full")
     objective = _bound(objective, tokenizer)
     limits = {"max_tokens": collector.max_prompt_tokens, "long": collector.long_prompts}
-    training = Prompts(problems=task.problems("train"), tokenizer=tokenizer, seed=seed, **limits)  # type: ignore[arg-type]
+    limits_of_training = limits | {"pool": collector.prompt_pool}
+    training = Prompts(problems=task.problems("train"), tokenizer=tokenizer, seed=seed, **limits_of_training)  # type: ignore[arg-type]
     held_out = task.problems(split)
     validation = Prompts(problems=held_out, tokenizer=tokenizer, seed=0, **limits) if len(held_out) else None  # type: ignore[arg-type]
     model = load_model(student_path, "student.path", student_dtype)

@@ -32,10 +32,11 @@ class Prompts:
         max_tokens: the longest prompt, in tokens.
         long: ``"drop"`` leaves longer prompts out and says how many, ``"refuse"`` stops the run.
         seed: of the order and of the rollouts' seeds.
-        group: of the settings ``max_prompt_tokens`` and ``long_prompts``, for errors to name.
+        pool: only the first so many problems that fit are used; None for all of them.
+        group: of the settings ``max_prompt_tokens``, ``long_prompts``, ``prompt_pool``, for errors to name.
 
     Raises:
-        ConfigError: a prompt over the limit with ``"refuse"``, or none left with ``"drop"``.
+        ConfigError: a pool below 1, a prompt over the limit with ``"refuse"``, or none left with ``"drop"``.
     """
 
     problems: Sequence[Problem]
@@ -43,6 +44,7 @@ class Prompts:
     max_tokens: int
     long: Literal["drop", "refuse"]
     seed: int
+    pool: int | None = None
     group: str = "collector."
     kept: Sequence[int] = field(init=False, repr=False)
 
@@ -61,13 +63,21 @@ class Prompts:
             self.long,
             "use drop",
         )
+        pool = self.pool
+        require(
+            pool is None or (isinstance(pool, int) and not isinstance(pool, bool) and pool >= 1),
+            f"{self.group}prompt_pool",
+            "be a whole number of at least 1, or null",
+            pool,
+            "use null for every problem",
+        )
         kept: Sequence[int] = range(len(self.problems))
         if isinstance(self.problems, list | tuple):
             lengths = [len(self.encode(problem)) for problem in self.problems]
             kept = [i for i, n in enumerate(lengths) if n <= self.max_tokens]
             if dropped := len(lengths) - len(kept):
                 self._report(dropped, len(lengths), max(lengths), self.long == "refuse" or not kept)
-        object.__setattr__(self, "kept", kept)
+        object.__setattr__(self, "kept", kept[:pool])
 
     def _report(self, dropped: int, of: int, longest: int, refuse: bool) -> None:
         remedy = f"raise {self.group}max_prompt_tokens to {longest}"
