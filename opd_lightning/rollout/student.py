@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import torch
-
-from opd_lightning.errors import require
 from opd_lightning.protocols import Writer, Writers
-from opd_lightning.schedule import Schedule, value_at, within
-from opd_lightning.types import Finish, Generation, Origin, PromptBatch, Rollout, Sampling
+from opd_lightning.rollout._parts import Drawing, as_rollout, check_count, check_tokens, groups, tokens
+from opd_lightning.schedule import Schedule
+from opd_lightning.types import Finish, Origin, PromptBatch, Rollout
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudentRollout:
+class StudentRollout(Drawing):
     """Draws ``samples`` responses a prompt from the student.
 
     Args:
@@ -32,78 +29,28 @@ class StudentRollout:
     """
 
     samples: int
-    max_new_tokens: float | Schedule
     loss_horizon: float | Schedule | None
     early_stop: bool
-    temperature: float
-    top_p: float
-    top_k: int
-    min_p: float
 
     writers: ClassVar[frozenset[Writer]] = frozenset({"student"})
 
     def __post_init__(self) -> None:
-        require(
-            self.samples >= 1,
-            "rollout.samples",
-            "be at least 1",
-            self.samples,
-            "use 1 for one response a prompt",
-        )
-        require(
-            isinstance(self.temperature, int | float) and self.temperature > 0,
-            "rollout.temperature",
-            "be above 0",
-            self.temperature,
-            "on-policy training needs samples; greedy decoding belongs to evaluation",
-        )
-        self._sampling(1).checked("rollout")
-        for name in ("max_new_tokens", "loss_horizon"):
-            value = getattr(self, name)
-            holds = within(value, 1, math.inf) or (name == "loss_horizon" and value is None)
-            remedy = "give a number of tokens, or a schedule of one"
-            require(holds, f"rollout.{name}", "be at least 1 token", value, remedy)
-
-    def _sampling(self, max_new_tokens: int, top_ids: int = 0) -> Sampling:
-        return Sampling(
-            max_new_tokens=max_new_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            min_p=self.min_p,
-            top_ids=top_ids,
-        )
+        check_count(self.samples, "samples")
+        super().__post_init__()
+        check_tokens(self.loss_horizon, "loss_horizon", optional=True)
 
     def __call__(self, prompts: PromptBatch, writers: Writers, progress: float, top_ids: int) -> Rollout:
         """Return the rollout; every response token's origin is the student."""
-        sampling = self._sampling(_tokens(self.max_new_tokens, progress), top_ids)
         repeated = prompts.repeat(self.samples)
-        generation = writers.student(repeated, sampling)
-        horizon = None if self.loss_horizon is None else _tokens(self.loss_horizon, progress)
-        rollout = _as_rollout(repeated, generation, self.samples, horizon)
+        generation = writers.student(repeated, self.sampling(tokens(self.max_new_tokens, progress), top_ids))
+        rollout = as_rollout(
+            repeated,
+            generation,
+            origin=Origin.STUDENT,
+            group=groups(prompts, self.samples),
+            horizon=None if self.loss_horizon is None else tokens(self.loss_horizon, progress),
+        )
         if not self.early_stop:
             return rollout
-        cut = rollout.finish == Finish.LENGTH
-        return replace(rollout, finish=rollout.finish.masked_fill(cut, Finish.HORIZON))
-
-
-def _tokens(value: float | Schedule, progress: float) -> int:
-    return max(1, round(value_at(value, progress)))
-
-
-def _as_rollout(prompts: PromptBatch, generation: Generation, samples: int, horizon: int | None) -> Rollout:
-    time = torch.arange(generation.ids.shape[1], device=generation.ids.device)
-    inside = (
-        torch.ones_like(generation.mask) if horizon is None else (time < horizon).expand_as(generation.mask)
-    )
-    return Rollout(
-        prompt=prompts,
-        ids=generation.ids,
-        mask=generation.mask,
-        origin=torch.full_like(generation.ids, Origin.STUDENT),
-        horizon=inside,
-        behavior_logp=generation.behavior_logp,
-        finish=generation.finish,
-        group=torch.arange(len(prompts), device=generation.ids.device) // samples,
-        top_ids=generation.top_ids,
-    )
+        stopped = rollout.finish == Finish.LENGTH
+        return replace(rollout, finish=rollout.finish.masked_fill(stopped, Finish.HORIZON))
