@@ -44,14 +44,20 @@ class Objective:
             size = self.support.size
             if needs.support and size is not None and size < needs.least_support:
                 raise ConfigError(
-                    f"`support` must hold at least {needs.least_support} tokens for {name} in its renormalised form, "
-                    f"got {size}: a distribution renormalised on one token is always 1 and its divergence always 0; "
-                    "use support.k=16, estimator.form=tail, or estimator=token for the sampled token alone"
+                    f"`support` must hold at least {needs.least_support} tokens for {name}, got {size}: over one token "
+                    "a renormalised divergence is always 0, and one token against all others is no estimate of it; "
+                    "use support.k=16, estimator=token for the sampled token alone, or estimator.form=tail with "
+                    "estimator.biased=true"
                 )
             if needs.reference_support and self.support.needs.full:
                 raise ConfigError(
                     f"`support` must select tokens for {name}, got the whole vocabulary; "
                     "use regularizer.reference_kl.form=full, or support=teacher"
+                )
+            if needs.fixed_support and getattr(self.support, "follows_taken", False):
+                raise ConfigError(
+                    f"`support` must not depend on the taken token for {name} (its baseline would favour some tokens), "
+                    f"got {type(self.support).__name__}; use support=full, teacher, student or union"
                 )
             if needs.advantage and not getattr(self.estimator, "advantage", False):
                 raise ConfigError(
@@ -97,7 +103,8 @@ class Objective:
 
     def mask(self, experience: Experience, world: World) -> Bool[Tensor, "batch time"]:
         """Return the tokens in the loss: inside the horizon, of an origin that a part teaches, not masked."""
-        inside = experience.rollout.written_by(self.needs.teaches)
+        teaches = frozenset(o for part in self._parts().values() for o in part.needs.teaches)
+        inside = experience.rollout.written_by(teaches)
         for mask in self.masks.values():
             inside = inside & mask(experience, inside, world)
         return inside

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from opd_lightning.errors import ConfigError
+from opd_lightning.errors import ConfigError, require
 from opd_lightning.objective import Objective
 from opd_lightning.protocols import Scoring
 from opd_lightning.scorer import Scorer
@@ -78,6 +78,7 @@ class ScoringPass:
         support: dict[str, Tensor] = {}
         if needs.support and not needs.full:
             ids, valid = self.objective.support(candidates)
+            _check_ids(ids, valid & rollout.mask.unsqueeze(-1), student.vocab)
             support = {"support_ids": ids, "support_valid": valid & rollout.mask.unsqueeze(-1)}
             support["support_teacher_logp"] = _look_up(ids, support["support_valid"], taught, given)
         referred = self._reference(rollout, support.get("support_ids"))
@@ -158,6 +159,22 @@ def teacher_tokens(teacher: Scoring, rollout: Rollout) -> TokenBatch:
     """Return the rollout's tokens behind the prompt that the teacher sees."""
     view: Callable[[PromptBatch], PromptBatch] | None = getattr(teacher, "view", None)
     return rollout.tokens if view is None else replace(rollout, prompt=view(rollout.prompt)).tokens
+
+
+def _check_ids(ids: Int[Tensor, "batch time k"], valid: Bool[Tensor, "batch time k"], vocab: int) -> None:
+    """Refuse ids that the student's head does not have.
+
+    Raises:
+        ConfigError: a teacher that is wider than the student gave ids of its own.
+    """
+    largest = int(torch.where(valid, ids, 0).max()) if ids.numel() else 0
+    require(
+        largest < vocab,
+        "support",
+        f"hold ids below the student's {vocab}",
+        largest,
+        "cut the teacher to the shared vocabulary before it ranks its top ids",
+    )
 
 
 def _look_up(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -13,6 +14,8 @@ from opd_lightning.functional import divergence
 @dataclass(frozen=True, kw_only=True)
 class ForwardKL:
     """KL(T||S): mass-covering, the cross-entropy to the teacher up to a constant."""
+
+    holds_truncated: ClassVar[bool] = True
 
     def __call__(
         self,

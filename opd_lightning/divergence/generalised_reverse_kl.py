@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -18,6 +19,8 @@ class GeneralisedReverseKL:
     exactly the support's part of the full reverse KL's gradient. On normalised rows (the other forms, the
     full support) it is reverse KL.
     """
+
+    holds_truncated: ClassVar[bool] = True
 
     def __call__(
         self,

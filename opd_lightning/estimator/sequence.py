@@ -3,33 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
-from opd_lightning.estimator._score import score_function_loss
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from opd_lightning.estimator._score import ScoreFunction
 from opd_lightning.functional.returns import sequence_return
-from opd_lightning.protocols import Reward
-from opd_lightning.types import Experience, Needs, Scores, TokenLoss, Want
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sequence:
+class Sequence(ScoreFunction):
     """Each token answers for the whole response: A_t = sum_t' r_t', value = -sg(A_t) log S(y_t).
 
     Unbiased for the gradient of KL(S(.|x) || T(.|x)) over responses, with the largest variance of all,
     O(n^4) in the length (Revisiting OPD, arXiv 2603.25562). The rewards to go
-    (``estimator=discounted estimator.gamma=1``) have the same mean and less variance.
+    (``estimator=discounted estimator.gamma=1``) have the same mean and less variance. ``baseline``,
+    ``normalise`` and ``origins``: see :class:`~opd_lightning.estimator._score.ScoreFunction`.
     """
 
-    reward: Reward
-
-    advantage: ClassVar[bool] = True
-    want: ClassVar[Want] = Want(taken=True)
-
-    @property
-    def needs(self) -> Needs:
-        """The teacher's log-prob of the taken token, and what the reward reads."""
-        return Needs(teacher_taken=True) | self.reward.needs
-
-    def __call__(self, scores: Scores, experience: Experience, progress: float) -> TokenLoss:
-        """Return value and weight at every response position."""
-        return score_function_loss(self.reward, sequence_return, scores, experience)
+    def _returns(
+        self, rewards: Float[Tensor, "batch time"], sampled: Bool[Tensor, "batch time"], progress: float
+    ) -> Float[Tensor, "batch time"]:
+        return sequence_return(rewards, sampled)

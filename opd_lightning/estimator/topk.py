@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
-from torch import Tensor
-
-from opd_lightning.errors import ConfigError, require
-from opd_lightning.functional.divergence import FORMS, Form
-from opd_lightning.functional.masked import masked_fill
+from opd_lightning.comparison import Comparison
+from opd_lightning.errors import require
+from opd_lightning.estimator._origins import check_scales, origin_weight
+from opd_lightning.functional.divergence import Form
 from opd_lightning.protocols import Divergence
-from opd_lightning.types import Experience, FullTerm, Needs, Origin, Scores, SupportForm, TokenLoss, Want
-
-_NO_SUPPORT = "`estimator=topk` must have a support to compare on, got none; use support=teacher"
+from opd_lightning.schedule import Schedule
+from opd_lightning.types import Experience, Needs, Origin, Scores, TokenLoss, Want
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,68 +20,71 @@ class TopK:
     """value_t = divergence(S, T) on the support of position t, in one of three forms.
 
     ``renormalised``: both sides over the support alone (local support matching, arXiv 2603.25562).
-    ``tail``: all that is off the support is one more category. ``plain``: the truncated sum as it is,
-    which collapses for reverse KL. On the full support the form makes no difference. ``origins`` says
-    whose tokens are compared: beside the student's own, the teacher's or the data's (GKD).
+    ``tail``: all that is off the support is one more category. ``plain``: the truncated sum as it is.
+    ``biased`` accepts what is not the divergence it is called; see
+    :class:`~opd_lightning.comparison.Comparison`.
+
+    ``origins`` says whose tokens are compared: beside the student's own, the teacher's or the data's (GKD,
+    arXiv 2306.13649). ``other_divergence`` takes the place of ``divergence`` on tokens that the student did
+    not write, and ``origin_scale`` scales the weight of each origin's tokens (DistiLLM-2, arXiv 2503.07067).
+
+    ``gradient`` has one legal value: a divergence on the support is a number of the position, the same
+    whichever token was drawn there, and as an advantage its expected gradient is exactly 0.
 
     Raises:
-        ConfigError: for an unknown ``form``; with no support, or a renormalised one of a single id.
+        ConfigError: for settings that do not go together; with no support, or too small a one.
     """
 
     divergence: Divergence
     form: Form = "renormalised"
+    gradient: Literal["direct", "score"] = "direct"
+    biased: bool = False
     origins: Sequence[str] = ("student",)
+    other_divergence: Divergence | None = None
+    origin_scale: Mapping[str, float | Schedule] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
-        Origin.named(self.origins, "estimator.origins")
-        remedy = "use renormalised, or tail to see the mass off the support"
-        require(self.form in FORMS, "estimator.form", f"be one of {', '.join(FORMS)}", self.form, remedy)
+        object.__setattr__(self, "origins", tuple(self.origins))
+        require(
+            self.gradient == "direct",
+            "estimator.gradient",
+            'be "direct" (a top-K divergence depends on the position only; as the advantage of a sampled token its '
+            "expected gradient is exactly 0)",
+            self.gradient,
+            'use "direct", or estimator=token for a score function',
+        )
+        check_scales(self.origin_scale, self._teaches, "estimator.origin_scale")
+        others = self.other_divergence is None or self._teaches != {Origin.STUDENT}
+        condition = "be null while estimator.origins is the student alone"
+        remedy = "add teacher or data to estimator.origins"
+        require(others, "estimator.other_divergence", condition, self.other_divergence, remedy)
+        self._comparisons()  # checks the form
 
     @property
     def needs(self) -> Needs:
         """A support; renormalised over a single id every distribution would be the same."""
-        least = 2 if self.form == "renormalised" else 1
-        return Needs(support=True, least_support=least, teaches=self._written_by)
+        return replace(self._comparisons()[0].needs, teaches=self._teaches)
 
     @property
     def want(self) -> Want:
         """Log-probs on the support; without a normaliser where the form cancels it anyway."""
-        form: SupportForm = "renormalised" if self.form == "renormalised" else "exact"
-        return Want(support=form, full=frozenset({FullTerm("teacher", self.divergence)}))
+        own, other = self._comparisons()
+        return own.want | other.want
 
     @property
-    def _written_by(self) -> frozenset[Origin]:
+    def _teaches(self) -> frozenset[Origin]:
         return Origin.named(self.origins, "estimator.origins")
+
+    def _comparisons(self) -> tuple[Comparison, Comparison]:
+        own = Comparison(divergence=self.divergence, form=self.form, biased=self.biased, owner="estimator")
+        return own, own if self.other_divergence is None else replace(own, divergence=self.other_divergence)
 
     def __call__(self, scores: Scores, experience: Experience, progress: float) -> TokenLoss:
         """Return value and weight at every response position."""
-        taught = experience.rollout.written_by(self._written_by)
-        value = masked_fill(self._value(scores, experience, taught), taught)
-        metrics = {"divergence": value.detach()}
-        return TokenLoss(value=value, weight=taught.to(value.dtype), metrics=metrics)
-
-    def _value(self, scores: Scores, experience: Experience, taught: Tensor) -> Tensor:
-        if experience.teacher_hidden is not None:
-            value = scores.full.get(FullTerm("teacher", self.divergence))
-            if value is None:
-                raise ValueError("on the full support the scores must hold the divergence (Want.full)")
-            return value
-        student, teacher = scores.support_logp, experience.support_teacher_logp
-        if student is None or teacher is None or experience.support_valid is None:
-            raise ConfigError(_NO_SUPPORT)
-        self._check_size(student.shape[-1])
-        # Without the second factor a NaN in padding would reach the gradient through the divergence.
-        valid = experience.support_valid & taught.unsqueeze(-1)
-        change = FORMS[self.form]
-        return self.divergence(change(student, valid), change(teacher, valid))
-
-    def _check_size(self, size: int) -> None:
-        if size == 0:
-            raise ConfigError(_NO_SUPPORT)
-        require(
-            size > 1 or self.form != "renormalised",
-            "support.k",
-            "be at least 2 for a renormalised support (over one id the divergence is always 0)",
-            size,
-            "use estimator.form=tail or a larger support",
-        )
+        rollout, (own, other) = experience.rollout, self._comparisons()
+        taught, written = rollout.written_by(self._teaches), rollout.sampled
+        value = own(scores, experience, taught if own is other else taught & written)
+        if own is not other:
+            value = value + other(scores, experience, taught & ~written)
+        weight = origin_weight(rollout, self._teaches, self.origin_scale, progress, value.dtype)
+        return TokenLoss(value=value, weight=weight, metrics={"divergence": value.detach()})

@@ -22,6 +22,7 @@ class Sampled:
 
     needs: ClassVar[Needs] = Needs(support=True)
     size: ClassVar[int | None] = 1
+    follows_taken: ClassVar[bool] = True
 
     def __call__(
         self, candidates: Candidates

@@ -61,7 +61,8 @@ class Needs:
     """What a part needs to have been collected; the collector serves the union with one pass a model.
 
     ``support``: that a support is selected. ``full``: that it is the whole vocabulary or a selection.
-    ``least_support``: the fewest tokens that a support may hold. ``teacher_top``, ``student_top``: top
+    ``least_support``: the fewest tokens that a support may hold. ``fixed_support``: that it may not depend
+    on the taken token (it has ``follows_taken`` if it does). ``teacher_top``, ``student_top``: top
     ids of that model. ``teaches``: whose tokens the part puts into the loss. ``advantage``: an estimator
     that has advantages (a score-function one).
 
@@ -72,6 +73,7 @@ class Needs:
 
     support: bool = False
     least_support: int = 0
+    fixed_support: bool = False
     full: bool = False
     teacher_top: int = 0
     student_top: int = 0

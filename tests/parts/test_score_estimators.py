@@ -140,7 +140,9 @@ def test_half_precision_scores(estimator):
 def test_rewards():
     student = torch.tensor([[-0.5, -0.5, -0.5]], requires_grad=True)
     teacher = torch.tensor([[-0.1, -1.5, -20.0]])
-    plain, floored = LogRatio()(student, teacher), Floor(floor=-1.72)(student, teacher)
+    _, experience = make()
+    plain = LogRatio()(student, teacher, experience)
+    floored = Floor(floor=-1.72)(student, teacher, experience)
     torch.testing.assert_close(plain, torch.tensor([[0.4, -1.0, -19.5]]))
     torch.testing.assert_close(floored, torch.tensor([[0.4, -1.0, -1.72]]))
     assert not plain.requires_grad

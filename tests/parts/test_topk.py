@@ -13,7 +13,7 @@ from opd_lightning.divergence.reverse_kl import ReverseKL
 from opd_lightning.divergence.skewed import Skewed
 from opd_lightning.errors import ConfigError
 from opd_lightning.estimator.topk import TopK
-from opd_lightning.types import Experience, Needs, Origin, Scores, Want
+from opd_lightning.types import Experience, FullTerm, Needs, Origin, Scores, Want
 
 MASK = torch.tensor([[True, True, False]])
 FORMS = ["renormalised", "tail", "plain"]
@@ -44,7 +44,7 @@ def test_known_numbers():
         "plain": 0.334795,
     }
     for form, value in expected.items():
-        loss = TopK(divergence=ReverseKL(), form=form)(*make(), 0.0)
+        loss = TopK(divergence=ReverseKL(), form=form, biased=form == "plain")(*make(), 0.0)
         assert loss.value[0].tolist() == pytest.approx([value, value, 0.0], abs=2e-6)
         assert loss.weight.tolist() == [[1, 1, 0]]
         assert loss.metrics["divergence"].equal(loss.value)
@@ -58,7 +58,7 @@ def test_known_numbers():
 )
 def test_padding_and_duplicates_do_not_matter(form, garbage, divergence):
     """Neither places without a token nor entries that do not exist, in value or gradient."""
-    estimator = TopK(divergence=divergence, form=form)
+    estimator = TopK(divergence=divergence, form=form, biased=form == "plain")
     scores, experience = make()
     expected = estimator(scores, experience, 0.0)
     expected.value.sum().backward()
@@ -75,7 +75,7 @@ def test_padding_and_duplicates_do_not_matter(form, garbage, divergence):
 @forms
 def test_only_sampled_tokens_count(form):
     origin = torch.tensor([[Origin.STUDENT, Origin.TEACHER, Origin.STUDENT]])
-    loss = TopK(divergence=ReverseKL(), form=form)(*make(origin=origin), 0.0)
+    loss = TopK(divergence=ReverseKL(), form=form, biased=form == "plain")(*make(origin=origin), 0.0)
     assert loss.weight.tolist() == [[1, 0, 0]]
     assert loss.value[0, 1] == 0
 
@@ -84,7 +84,8 @@ def test_full_support_reads_the_scores():
     _, experience = make()
     experience = replace(experience, teacher_hidden=torch.zeros(1, 3, 2), support_ids=None)
     value = torch.tensor([[0.5, 0.25, float("nan")]], requires_grad=True)
-    loss = TopK(divergence=ReverseKL())(Scores(divergence=value), experience, 0.0)
+    scores = Scores(full={FullTerm("teacher", ReverseKL()): value})
+    loss = TopK(divergence=ReverseKL())(scores, experience, 0.0)
     assert loss.value.tolist() == [[0.5, 0.25, 0.0]]
     loss.value.sum().backward()
     assert value.grad.tolist() == [[1.0, 1.0, 0.0]]
@@ -96,7 +97,7 @@ def test_full_support_reads_the_scores():
 def test_nothing_sampled(form):
     """numerics.md section 11, point 24."""
     scores, experience = make(mask=torch.zeros(1, 3, dtype=torch.bool))
-    loss = TopK(divergence=ReverseKL(), form=form)(scores, experience, 0.0)
+    loss = TopK(divergence=ReverseKL(), form=form, biased=form == "plain")(scores, experience, 0.0)
     assert (loss.value == 0).all()
     loss.value.sum().backward()
     assert (scores.support_logp.grad == 0).all()
@@ -104,10 +105,12 @@ def test_nothing_sampled(form):
 
 def test_declares_what_it_needs():
     for form in FORMS:
-        estimator = TopK(divergence=ReverseKL(), form=form)
-        least, want = (2, "renormalised") if form == "renormalised" else (1, "exact")
-        assert estimator.needs == Needs(support=True, least_support=least)
-        assert estimator.want == Want(support=want)
+        estimator = TopK(divergence=ReverseKL(), form=form, biased=form == "plain")
+        want = "renormalised" if form == "renormalised" else "exact"
+        assert estimator.needs == Needs(support=True, least_support=1 if form == "plain" else 2)
+        assert estimator.want == Want(support=want, full=frozenset({FullTerm("teacher", ReverseKL())}))
+    tail = TopK(divergence=ReverseKL(), form="tail", biased=True)
+    assert tail.needs == Needs(support=True, least_support=1)
 
 
 def test_refusals():
