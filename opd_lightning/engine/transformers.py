@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from opd_lightning.engine import loops
 from opd_lightning.engine.decoder import Decoder, read
 from opd_lightning.engine.drawn import Record, join
+from opd_lightning.engine.mixed import Library, decode_mixed
 from opd_lightning.engine.sampling import check, row_uniforms
 from opd_lightning.engine.shape import agrees, supports
 from opd_lightning.errors import ConfigError, require
 from opd_lightning.models import evaluating
+from opd_lightning.protocols import Combine
 from opd_lightning.types import Generation, PromptBatch, Sampling
 
 _METHODS = ("auto", "loop", "generate")
@@ -45,21 +49,56 @@ class TransformersEngine:
         weights around this call. Raises ConfigError for settings out of range, and for
         ``method="loop"`` with a model that the decoder does not run.
         """
-        check(sampling)
+        _check(prompts, sampling)
+        with evaluating(model):
+            decoder = self._decoder(model, prompts) if len(prompts) else None
+
+            def decode(ids: Tensor, mask: Tensor, uniforms: Tensor) -> Generation:
+                if decoder is None:
+                    return loops.generate(model, ids, mask, uniforms, sampling)
+                return loops.decode(decoder, ids, mask, uniforms, sampling)
+
+            return self._in_chunks(prompts, sampling, decode)
+
+    @torch.no_grad()
+    def generate_mixed(
+        self,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel,
+        prompts: PromptBatch,
+        sampling: Sampling,
+        combine: Combine,
+    ) -> Generation:
+        """Draw each token from ``combine(student's log-probs, teacher's log-probs)``, which both models then read.
+
+        As :meth:`generate` in all else; see :func:`~opd_lightning.engine.mixed.decode_mixed`. Both models
+        read the same prompts. With ``method="generate"`` it is the library's forward and cache that run.
+        """
+        _check(prompts, sampling)
+        with evaluating(student), evaluating(teacher):
+            models: list[Decoder | Library] = []
+            if len(prompts):
+                models = [self._decoder(model, prompts) or Library(model) for model in (student, teacher)]
+
+            def decode(ids: Tensor, mask: Tensor, uniforms: Tensor) -> Generation:
+                return decode_mixed(models, ids, mask, uniforms, sampling, combine)
+
+            return self._in_chunks(prompts, sampling, decode)
+
+    def _in_chunks(
+        self, prompts: PromptBatch, sampling: Sampling, decode: Callable[[Tensor, Tensor, Tensor], Generation]
+    ) -> Generation:
+        """Decode at most ``batch_size`` rows at a time; ``decode`` gets their ids, mask and uniform numbers."""
         if len(prompts) == 0:
             return Record(0, sampling, prompts.ids.device).generation()
         lengths = prompts.mask.sum(-1)
-        require(bool(lengths.all()), "prompts", "have at least one token each", 0, "check the chat template")
         uniforms = row_uniforms(prompts.seeds, sampling.max_new_tokens).to(prompts.ids.device)
         order = lengths.argsort(stable=True)
         chunks = []
-        with evaluating(model):
-            decoder = self._decoder(model, prompts)
-            for rows in order.tensor_split(-(-len(prompts) // self.batch_size)):
-                # The rows of a chunk have similar lengths; the padding that all of them share goes.
-                width = int(lengths[rows].amax())
-                chunk = prompts.ids[rows, -width:], prompts.mask[rows, -width:], uniforms[rows], sampling
-                chunks.append(loops.decode(decoder, *chunk) if decoder else loops.generate(model, *chunk))
+        for rows in order.tensor_split(-(-len(prompts) // self.batch_size)):
+            # The rows of a chunk have similar lengths; the padding that all of them share goes.
+            width = int(lengths[rows].amax())
+            chunks.append(decode(prompts.ids[rows, -width:], prompts.mask[rows, -width:], uniforms[rows]))
         return join(chunks, order)
 
     def _decoder(self, model: PreTrainedModel, prompts: PromptBatch) -> Decoder | None:
@@ -76,3 +115,9 @@ class TransformersEngine:
                 "the fast decoder runs unmodified Llama, Mistral, Qwen2 and Qwen3 only"
             )
         return None
+
+
+def _check(prompts: PromptBatch, sampling: Sampling) -> None:
+    check(sampling)
+    whole = bool(prompts.mask.any(-1).all())
+    require(whole, "prompts", "have at least one token each", 0, "check the chat template")
