@@ -85,6 +85,12 @@ def test_without_its_adapters_the_student_is_what_it_was(adapted):
     assert not equal(scores(adapted), scores(plain)), "the adapters are not on again"
 
 
+def test_adapters_that_are_frozen_stay_so(adapted):
+    adapted.requires_grad_(False)
+    scores(AdapterOff().load(loading(adapted)))
+    assert not any(parameter.requires_grad for parameter in adapted.parameters())
+
+
 def test_adapters_come_back_after_an_error(adapted):
     train(adapted.eval())
     on = scores(adapted)
