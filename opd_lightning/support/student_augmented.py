@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Int
@@ -20,6 +21,8 @@ class StudentAugmented:
     """
 
     k: int
+
+    follows_taken: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require_k(self.k)
