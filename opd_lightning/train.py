@@ -171,7 +171,7 @@ def plan(config: DictConfig, run: Run, folder: Path) -> str:
     student, teacher = run.module.student, run.teacher.scorer
     millions = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (student, teacher)]
     collector, rollout, trainer = config.collector, config.rollout, config.trainer
-    responses = collector.prompts_per_collection * rollout.samples
+    responses = collector.prompts_per_collection * run.data.collector.rollout.samples
     changes = "follows the student" if isinstance(run.teacher, Follows) else "frozen"
     parts = [config.estimator, config.support, config.reduction]
     names = " + ".join(str(part._target_).rsplit(".", 1)[-1] for part in parts)
