@@ -116,7 +116,7 @@ def test_what_stands_outside_never_matters(world, gradient, filler):
         base = nothing(world)
         return part(replace(base, value=fill(base.value)), scores, experience, 0.0)
 
-    clean, dirty = lost(lambda v: v), lost(lambda v: torch.where(world.mask, v, filler))
+    clean, dirty = lost(lambda v: v), lost(lambda v: torch.where(world.mask, v, filler + world.theta.sum()))
     close(dirty.value.detach(), clean.value.detach(), atol=0)
     close(expected(world, dirty), expected(world, clean), atol=0)
 

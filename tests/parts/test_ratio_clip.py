@@ -91,9 +91,12 @@ def test_the_dual_bounds_what_a_bad_token_can_lose(ratio, advantage, value, slop
     """At most -3 A where A < 0; nothing else changes."""
     student = torch.tensor([-1.0], dtype=torch.float64, requires_grad=True)
     old, a = student.detach() - math.log(ratio), torch.tensor([advantage], dtype=torch.float64)
+    a = a.requires_grad_()  # held fixed all the same
     loss, _, bound = clipped_surrogate(student, old, a, low=0.2, high=0.2, dual=3.0)
     close(loss.detach(), torch.tensor([value], dtype=torch.float64))
-    close(torch.autograd.grad(loss.sum(), student)[0], torch.tensor([slope], dtype=torch.float64))
+    slopes = torch.autograd.grad(loss.sum(), [student, a], allow_unused=True)
+    close(slopes[0], torch.tensor([slope], dtype=torch.float64))
+    assert slopes[1] is None
     assert bound.tolist() == [binds]
 
 
@@ -173,7 +176,7 @@ def test_what_stands_outside_never_matters(world, filler):
             loss, replace(world.scores, taken_logp=fill(world.scores.taken_logp)), experience, 0.0
         )
 
-    clean, dirty = lost(lambda v: v), lost(lambda v: torch.where(world.mask, v, filler))
+    clean, dirty = lost(lambda v: v), lost(lambda v: torch.where(world.mask, v, filler + world.theta.sum()))
     close((dirty.value * dirty.weight).detach(), (clean.value * clean.weight).detach(), atol=0)
     close(world.expected_gradient(dirty), world.expected_gradient(clean), atol=0)
     assert all(metric.isfinite().all() for metric in dirty.metrics.values())
