@@ -1,0 +1,138 @@
+"""Failure on purpose: sampled-token OPD that collapses, and what keeps it from collapsing.
+
+python benchmarks/collapse.py            # two settings x five remedies x three seeds, with curves
+python benchmarks/collapse.py inflation  # settings in which length might grow gradually
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from datetime import date
+from pathlib import Path
+
+from runs import RESULTS, Job, Result, about, by_name, mean_of, run_all
+
+STEPS = 80
+COMMON = (
+    f"trainer.max_steps={STEPS}",
+    "task.seed=2026",
+    "evaluation.every_steps=null",
+    "evaluation.settings.problems=128",
+    "scheduler.warmup_steps=10",
+    "support=none",
+)
+SETTINGS = {
+    "gamma 1": ("estimator=discounted", "estimator.gamma=1", "optimizer.lr=5e-4"),
+    "lr 4e-3": ("estimator=token", "optimizer.lr=4e-3"),
+}
+REFERENCE = "regularizer.reference_kl.coefficient=1.0"
+GOLD = (
+    *("rollout=mixture", "rollout.student_samples=3", "rollout.gold_samples=1", "rollout.gold=data"),
+    *("collector.prompts_per_collection=16", "reduction.per_origin=true"),
+    *("regularizer.imitation.origins=[data]", "regularizer.imitation.coefficient=1.0"),
+)
+REMEDIES = {
+    "none": (),
+    "stable_opd": ("regularizer=[reference_kl,imitation]", REFERENCE, *GOLD),
+    "reference KL alone": ("regularizer=[reference_kl]", REFERENCE),
+    "gold alone": ("regularizer=[imitation]", *GOLD),
+    "whitening alone": ("estimator.normalise=whiten",),
+}
+# Where length might grow slowly: twice the budget, a small step, a return with some discount.
+INFLATION = {
+    "gamma .9, budget 256, lr 3e-4": (
+        *("estimator=discounted", "estimator.gamma=0.9", "optimizer.lr=3e-4", "rollout.max_new_tokens=256"),
+    ),
+    "gamma 1, budget 256, lr 1e-4": (
+        *("estimator=discounted", "estimator.gamma=1", "optimizer.lr=1e-4", "rollout.max_new_tokens=256"),
+    ),
+    "stop token not taught, budget 256": (
+        *("estimator=token", "optimizer.lr=5e-4", "rollout.max_new_tokens=256", "mask=[stop_token]"),
+    ),
+}
+CURVES = {
+    "rollout/length": "response length, tokens",
+    "rollout/truncation": "share cut by the budget",
+    "rollout/repetition": "share of repeated 8-grams",
+    "rollout/accuracy": "accuracy of rollouts",
+}
+
+
+def picture(groups: dict[str, list[Result]], path: Path) -> None:
+    """Draw the curves, a column per setting, a line per remedy and seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    settings = sorted({name.split(" | ")[0] for name in groups})
+    figure, axes = pyplot.subplots(
+        len(CURVES), len(settings), figsize=(5.5 * len(settings), 9), sharex=True, squeeze=False
+    )
+    for column, setting in enumerate(settings):
+        chosen = [(name, found) for name, found in groups.items() if name.split(" | ")[0] == setting]
+        for row, (metric, label) in enumerate(CURVES.items()):
+            axis = axes[row][column]
+            for i, (name, found) in enumerate(chosen):
+                for j, result in enumerate(found):
+                    curve = result.curves.get(metric, [])
+                    label_of = name.split(" | ")[-1] if j == 0 else None
+                    axis.plot(*zip(*curve, strict=True), color=f"C{i}", lw=1, label=label_of)
+            axis.set_ylabel(label)
+            axis.set_title(setting if row == 0 else "")
+    axes[0][-1].legend(fontsize=7)
+    for axis in axes[-1]:
+        axis.set_xlabel("optimizer step")
+    figure.tight_layout()
+    figure.savefig(path, dpi=70)
+
+
+def table(groups: dict[str, list[Result]]) -> list[str]:
+    """Return a line per run kind: each seed's accuracy, and the state of the last rollouts."""
+    lines = [
+        "| setting and remedy | greedy after, each seed | mean | sampled | length | cut | repeated | student entropy |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, found in groups.items():
+        greedy = [r.summary["accuracy_after"] for r in found]
+        cells = [
+            name,
+            " / ".join(f"{100 * a:.1f}" for a in greedy),
+            f"**{100 * mean_of(greedy):.1f}**",
+            f"{100 * mean_of([r.summary['accuracy_after_sampled'] for r in found]):.1f}",
+            " / ".join(f"{r.last('rollout/length'):.0f}" for r in found),
+            " / ".join(f"{100 * r.last('rollout/truncation'):.0f} %" for r in found),
+            " / ".join(f"{100 * r.last('rollout/repetition'):.0f} %" for r in found),
+            f"{mean_of([r.last('student/entropy') for r in found]):.3f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def main() -> None:
+    """Run, print, write the table and the picture."""
+    inflation = "inflation" in sys.argv[1:]
+    if inflation:
+        kinds = {f"{name} | none": extra for name, extra in INFLATION.items()}
+        kinds = {name: (*extra, "trainer.max_steps=160") for name, extra in kinds.items()}
+    else:
+        kinds = {
+            f"{setting} | {remedy}": (*first, *second)
+            for setting, first in SETTINGS.items()
+            for remedy, second in REMEDIES.items()
+        }
+    seeds = (0,) if inflation else (0, 1, 2)
+    jobs = [Job(name, seed, (*COMMON, *extra)) for seed in seeds for name, extra in kinds.items()]
+    stem = f"{date.today()}_{'inflation' if inflation else 'collapse'}"
+    found = run_all(jobs, RESULTS / f"{stem}.jsonl", processes=int(os.environ.get("PROCESSES", "2")))
+    groups = {name: by_name(found)[name] for name in kinds}
+    picture(groups, RESULTS / f"{stem}.png")
+    command = " ".join(["python benchmarks/collapse.py", *sys.argv[1:]])
+    text = "\n".join([about(command), "", *table(groups), "", f"![curves]({stem}.png)"]) + "\n"
+    (RESULTS / f"{stem}_table.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
