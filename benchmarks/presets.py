@@ -12,9 +12,9 @@ from datetime import date
 from pathlib import Path
 
 from gradient_noise import noise_to_signal
+from hydra import compose, initialize_config_dir
 
 from opd_lightning.paths import CONF_DIR
-from hydra import compose, initialize_config_dir
 from runs import RESULTS, Job, Result, about, by_name, mean_of, run_all
 
 SEEDS = (0, 1, 2)

@@ -237,6 +237,7 @@ _NO_ANSWER = Graded(
     correct=torch.zeros(0),
     lengths=torch.zeros(0, dtype=torch.long),
     truncated=torch.zeros(0, dtype=torch.bool),
+    repetition=torch.zeros(0),
     group=torch.zeros(0, dtype=torch.long),
     difficulty=(),
     prompts=(),

@@ -43,6 +43,7 @@ def describe(
     sums = {
         "rollout/length": _over(graded.lengths),
         "rollout/truncation": _over(graded.truncated),
+        "rollout/repetition": _over(graded.repetition),
         "rollout/eos": _over(rollout.finish == Finish.EOS),
         "rollout/accuracy": _over(graded.correct[has_answer]),
         "rollout/behavior_logp": _over(rollout.behavior_logp[mask]),

@@ -25,7 +25,7 @@ class ResponseMetrics(Metric):
     """Accumulates graded responses.
 
     ``compute`` returns ``accuracy`` (the mean over responses, avg@k with k samples a problem), ``length``
-    in tokens, ``truncation`` (share cut by the budget), and for k > 1 samples ``pass@k``; problems without
+    in tokens, ``truncation`` (share cut by the budget), ``repetition`` (share of repeated 8-grams), and for k > 1 samples ``pass@k``; problems without
     an answer count for length and truncation only.
     """
 
@@ -34,11 +34,12 @@ class ResponseMetrics(Metric):
     correct: list[Tensor]
     lengths: list[Tensor]
     truncated: list[Tensor]
+    repetition: list[Tensor]
     group: list[Tensor]
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        for name in ("correct", "lengths", "truncated", "group"):
+        for name in ("correct", "lengths", "truncated", "repetition", "group"):
             self.add_state(name, default=[], dist_reduce_fx="cat")
 
     def update(self, graded: Graded) -> None:
@@ -46,6 +47,7 @@ class ResponseMetrics(Metric):
         self.correct.append(graded.correct.to(self.device))
         self.lengths.append(graded.lengths.float().to(self.device))
         self.truncated.append(graded.truncated.float().to(self.device))
+        self.repetition.append(graded.repetition.to(self.device))
         self.group.append(graded.group.to(self.device))
 
     @property
@@ -56,7 +58,8 @@ class ResponseMetrics(Metric):
     def compute(self) -> dict[str, Tensor]:
         """Return the metrics over everything added, on all ranks."""
         correct, group = _joined(self.correct), _joined(self.group)
-        values = {"length": _joined(self.lengths).mean(), "truncation": _joined(self.truncated).mean()}
+        means = {"length": self.lengths, "truncation": self.truncated, "repetition": self.repetition}
+        values = {name: _joined(parts).mean() for name, parts in means.items()}
         known = correct.isfinite()
         if known.any():
             values = {"accuracy": correct[known].mean()} | values

@@ -81,12 +81,14 @@ class Experience(TensorValue):
 class Graded(TensorValue):
     """Responses with their grades, for evaluation. ``correct`` is 1, 0, or nan without an answer.
 
-    A truncated response is wrong. ``group`` numbers the problem within its split.
+    A truncated response is wrong. ``group`` numbers the problem within its split. ``repetition`` is the share
+    of a response's 8-grams of tokens that occurred before in it.
     """
 
     correct: Float[Tensor, " batch"]
     lengths: Int[Tensor, " batch"]
     truncated: Bool[Tensor, " batch"]
+    repetition: Float[Tensor, " batch"]
     group: Int[Tensor, " batch"]
     difficulty: tuple[str | None, ...]
     prompts: tuple[str, ...]
