@@ -25,8 +25,8 @@ class ResponseMetrics(Metric):
     """Accumulates graded responses.
 
     ``compute`` returns ``accuracy`` (the mean over responses, avg@k with k samples a problem), ``length``
-    in tokens, ``truncation`` (share cut by the budget), ``repetition`` (share of repeated 8-grams), and for k > 1 samples ``pass@k``; problems without
-    an answer count for length and truncation only.
+    in tokens, ``truncation`` (share cut by the budget), ``repetition`` (share of repeated 8-grams), and for
+    k > 1 samples ``pass@k``; problems without an answer count for length, truncation and repetition only.
     """
 
     full_state_update = False

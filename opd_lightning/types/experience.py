@@ -99,7 +99,8 @@ class Graded(TensorValue):
 class TokenLoss(TensorValue):
     """A loss before reduction: per-token value (with gradient) and weight, and named per-token metrics.
 
-    ``advantage`` is the detached advantage A behind a value of -A log S(y), where the estimator has one.
+    ``advantage`` is the detached advantage A behind a value that holds -A log S(y), where the estimator has
+    one; a part that removes or scales that term does the same to ``advantage``.
     """
 
     value: Float[Tensor, "batch time"]
