@@ -41,6 +41,6 @@ class Middle:
     ) -> Bool[Tensor, "batch time"]:
         """Return True at the tokens that stay."""
         count = tokens_at(self.count, experience.progress)
-        begin = ((inside.sum(-1, keepdim=True) - count) // 2).clamp(min=0)
+        begin = (inside.sum(-1, keepdim=True) - count) // 2  # below 0 in a shorter response, which stays
         place = ranks(inside)
         return inside & (place >= begin) & (place - begin < count)
