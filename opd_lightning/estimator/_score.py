@@ -49,8 +49,9 @@ class ScoreFunction:
     advantages of the optimizer step's loss, over all ranks, as they were at collection; a bias of
     O(1 / tokens), and more noise the closer S is to T. ``length_whiten``: both, in that order.
 
-    ``origins`` has one legal value. The score of a token that the student did not draw has no mean of 0: with
-    r as advantage on the teacher's tokens the expected gradient points nearly opposite to imitation.
+    ``origins`` has one legal value. On tokens that others drew the score has no mean of 0: without importance
+    weights, r as their advantage has the gradient of neither KL, and -r, the k1 of KL(T||S) on the teacher's
+    tokens, points away from imitation.
 
     Raises:
         ConfigError: for an unknown word, other origins, or a baseline beside whitening.
@@ -68,8 +69,8 @@ class ScoreFunction:
         require(
             Origin.named(self.origins, "estimator.origins") == {Origin.STUDENT},
             "estimator.origins",
-            "be [student] for a score function (on tokens that others drew, the log-ratio as advantage has an "
-            "expected gradient opposite to imitation)",
+            "be [student] for a score function (on tokens that others drew, without importance weights, its "
+            "expected gradient is no KL's, and with the sign of the teacher's k1 opposite to imitation)",
             list(self.origins),
             "use estimator=likelihood for other tokens, or regularizer=[imitation] beside this one",
         )
