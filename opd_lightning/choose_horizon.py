@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import sys
 import time
@@ -168,7 +169,7 @@ def next_command(horizon: int, overrides: Sequence[str]) -> str:
     renamed |= {name: f"collector.{name}" for name in ("max_prompt_tokens", "long_prompts")}
     for override in overrides:
         key, _, value = override.partition("=")
-        if key.lstrip("+").partition(".")[0] in ("task", "student", "teacher", "engine"):
+        if re.split(r"[./]", key.lstrip("+~"))[0] in ("task", "student", "teacher", "engine"):
             words.append(override)
         elif key in renamed:
             words.append(f"{renamed[key]}={value}")
