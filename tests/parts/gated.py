@@ -69,8 +69,9 @@ def dirty(world: World, scores: Scores, experience: Experience, fill: float) -> 
     """The same with ``fill`` in everything that stands in padding."""
 
     def put(tensor: Tensor) -> Tensor:
+        # A sum and no selection, so that a NaN in the gradient at padding is seen.
         at = ~world.mask if tensor.dim() == 2 else ~world.mask.unsqueeze(-1)
-        return torch.where(at, fill, tensor)
+        return tensor + torch.where(at, fill, 0.0)
 
     names = ("teacher_taken_logp", "collected_logp", "support_teacher_logp", "teacher_entropy")
     experience = replace(experience, **{name: put(getattr(experience, name)) for name in names})

@@ -28,6 +28,7 @@ PARTS = [
     SignGate(teacher_renormalised=True, coefficient=0.5),
     EntropyGate(),
     EntropyGate(teacher_renormalised=False, threshold=1.0),
+    EntropyGate(threshold=-1.0),
     PositionWeight(),
     PastShare(),
 ]
@@ -86,6 +87,14 @@ def test_sign_gate_has_a_threshold_between(world):
         loss = part(TOKEN(scores, experience, progress), scores, experience, progress)
         same(loss.metrics["sign_gate"] == 1, (difference <= theta) & world.mask)
     assert ((difference > 0.0) & (difference <= 0.2) & world.mask).any()
+
+
+def test_sign_gate_is_open_where_both_models_agree(world):
+    """T(y) = S(y) counts as a token that the teacher does not like more: r <= 0."""
+    scores, experience = scored(world)
+    experience = replace(experience, teacher_taken_logp=scores.taken_logp.detach())
+    loss = applied(SignGate(), scores, experience)
+    same(loss.metrics["sign_gate"], world.mask.to(torch.float64))
 
 
 # -- entropy gate
@@ -205,9 +214,10 @@ def test_what_stands_outside_the_mask_never_matters(world, part):
         loss = applied(part, scores, experience)
         return world.expected_gradient(loss), written(loss), torch.stack(list(loss.metrics.values()))
 
-    for clean, soiled in zip(outcome(0.0), outcome(math.nan), strict=True):
-        assert soiled.isfinite().all()
-        same(soiled, clean)
+    for fill in (math.nan, math.inf):
+        for clean, soiled in zip(outcome(0.0), outcome(fill), strict=True):
+            assert soiled.isfinite().all()
+            same(soiled, clean)
 
 
 @every

@@ -155,9 +155,10 @@ def test_what_stands_outside_the_mask_never_matters(world, options):
         metrics = torch.stack(list(loss.metrics.values()))
         return world.expected_gradient(loss), written(loss), metrics
 
-    for clean, soiled in zip(outcome(0.0), outcome(math.nan), strict=True):
-        assert soiled.isfinite().all()
-        same(soiled, clean)
+    for fill in (math.nan, math.inf):
+        for clean, soiled in zip(outcome(0.0), outcome(fill), strict=True):
+            assert soiled.isfinite().all()
+            same(soiled, clean)
 
 
 def test_micro_batches_keep_the_stored_draw():
