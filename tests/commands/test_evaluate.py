@@ -25,7 +25,7 @@ BUDGET = 90  # tokens; some responses are longer
 
 
 def responses(task, path, samples, temperature):
-    """Return (difficulty, grades, lengths, truncations) of each problem, all drawn in one batch."""
+    """Return (difficulty, grades, lengths, truncations, repetitions) of each problem, all drawn in one batch."""
     tokenizer, model = load_tokenizer(path, "student.path"), load_model(path, "student.path")
     prompts = Prompts(
         problems=task.problems("validation"), tokenizer=tokenizer, max_tokens=512, long="drop", seed=0
@@ -33,7 +33,8 @@ def responses(task, path, samples, temperature):
     sampling = Sampling(max_new_tokens=BUDGET, temperature=temperature, stop_ids=stop_ids(model, tokenizer))
     asked = prompts.first(range(min(PROBLEMS, len(prompts)))).repeat(samples)
     graded = respond_and_grade(task, tokenizer, TransformersEngine(), model, asked, sampling)
-    columns = graded.correct.tolist(), graded.lengths.tolist(), graded.truncated.tolist()
+    measured = graded.correct, graded.lengths, graded.truncated, graded.repetition
+    columns = [values.tolist() for values in measured]
     parts = [[c[i : i + samples] for c in columns] for i in range(0, len(asked), samples)]
     return [(graded.difficulty[i * samples], *part) for i, part in enumerate(parts)]
 
@@ -42,16 +43,17 @@ def by_hand(problems, samples):
     """Return the metrics of some problems: pass@k is the mean over all choices of k samples of whether one is right."""
     numbers = {
         "responses": len(problems) * samples,
-        "accuracy": mean(mean(grades) for _, grades, _, _ in problems),
-        "length": mean(mean(lengths) for _, _, lengths, _ in problems),
-        "truncation": mean(mean(cut) for *_, cut in problems),
+        "accuracy": mean(mean(grades) for _, grades, *_ in problems),
+        "length": mean(mean(lengths) for _, _, lengths, *_ in problems),
+        "truncation": mean(mean(cut) for *_, cut, _ in problems),
+        "repetition": mean(mean(shares) for *_, shares in problems),
     }
     numbers["pass@1"] = numbers[f"avg@{samples}"] = numbers["accuracy"]
     for k in range(2, samples + 1):
         if k in (2, 4, 8, samples):
             numbers[f"pass@{k}"] = mean(
                 mean(max(chosen) for chosen in itertools.combinations(grades, k))
-                for _, grades, _, _ in problems
+                for _, grades, *_ in problems
             )
     return numbers
 
@@ -67,7 +69,7 @@ def test_json_and_table(samples, temperature, tmp_path):
     ]
     done = here("evaluate", *settings, "batch=3", folder=tmp_path / "run")
     drawn = responses(WordProblems(), STUDENT, samples, temperature)
-    assert {cut for *_, cuts in drawn for cut in cuts} == {True, False}
+    assert {cut for *_, cuts, _ in drawn for cut in cuts} == {True, False}
     groups = {"all": drawn}
     for problem in drawn:
         groups.setdefault(problem[0], []).append(problem)
@@ -79,8 +81,9 @@ def test_json_and_table(samples, temperature, tmp_path):
     header, *rows = [
         re.split(r"[│┃]", line)[1:-1] for line in done.out.splitlines() if line[:1] in ("│", "┃")
     ]
-    assert [cell.strip() for cell in header][2:5] == [f"pass@1 (avg@{samples})", "length", "truncation"]
-    assert [cell.strip() for cell in header][5:] == [
+    names = [f"pass@1 (avg@{samples})", "length", "truncation", "repetition"]
+    assert [cell.strip() for cell in header][2:6] == names
+    assert [cell.strip() for cell in header][6:] == [
         f"pass@{k}" for k in range(2, samples + 1) if k in (2, 4, samples)
     ]
     assert [row[0].strip() for row in rows] == list(metrics)
