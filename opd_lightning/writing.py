@@ -76,7 +76,8 @@ def gold_responses(prompts: PromptBatch, *, tokenizer: PreTrainedTokenizerBase, 
         if not text:
             raise ConfigError(
                 f"`task` must give each training problem a gold response for this rollout, got none for problem "
-                f"{problem.index}; add a `response` to each row, or let the teacher write: rollout.gold=teacher"
+                f"{problem.index}; add a `response` to each row, or let the teacher write: rollout.text=teacher "
+                "(rollout.gold=teacher for rollout=mixture)"
             )
     rows = [_encode(tokenizer, str(text), stop_id) for text in texts]
     longest, device = max(map(len, rows)), prompts.ids.device

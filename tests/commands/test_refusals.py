@@ -45,7 +45,7 @@ PARTS = [
     (["rollout.min_p=1"], "rollout.min_p", ["in [0, 1)", "got 1"]),
     (["rollout.max_new_tokens=abc"], "rollout.max_new_tokens", ["at least 1 token", "got 'abc'"]),
     (["rollout.loss_horizon=0"], "rollout.loss_horizon", ["at least 1 token", "got 0"]),
-    (["rollout.samples=many"], "rollout", ["StudentRollout"]),
+    (["rollout.samples=many"], "rollout.samples", ["whole number", "got 'many'"]),
 ]
 SETTINGS = [
     (["trainer.max_steps=0"], "trainer.max_steps", ["at least 1", "got 0"]),
@@ -67,6 +67,8 @@ SETTINGS = [
     (["collector.steps_per_collection=0"], "collector.steps_per_collection", ["got 0"]),
     (["collector.score_rows=some"], "collector.score_rows", ["got 'some'"]),
     (["collector.max_prompt_tokens=0"], "collector.max_prompt_tokens", ["got 0"]),
+    (["collector.prompt_pool=0"], "collector.prompt_pool", ["at least 1", "got 0", "null"]),
+    (["collector.prompt_pool=some"], "collector.prompt_pool", ["whole number", "got 'some'"]),
     (["collector.long_prompts=cut"], "collector.long_prompts", ["drop or refuse", "got 'cut'"]),
     (["optimizer.lr=-1"], "optimizer", ["AdamW", "-1"]),
     (["scheduler.final=2"], "scheduler.final", ["in [0, 1]", "got 2"]),
