@@ -11,6 +11,7 @@ from opd_lightning.estimator.discounted import Discounted
 from opd_lightning.estimator.topk import TopK
 from opd_lightning.mask.first import First
 from opd_lightning.objective import Objective
+from opd_lightning.protocols import Writers
 from opd_lightning.reduction.sequence_mean import SequenceMean
 from opd_lightning.reward.log_ratio import LogRatio
 from opd_lightning.rollout.student import StudentRollout
@@ -42,7 +43,7 @@ def rollout_of(world: Tabular, horizon: int | None):
         top_k=0,
         min_p=0.0,
     )
-    writers = type("Writers", (), {"student": staticmethod(write)})()
+    writers = Writers(student=write, teacher=write, gold=write, mixed=write)
     return sampler(world.rollout.prompt, writers, 0.0, 0)
 
 

@@ -283,7 +283,7 @@ def test_the_decision_to_stop():
     ("make", "says"),
     [
         (lambda: First(count=0), r"`mask.first.count` must be at least 1 token, got 0"),
-        (lambda: Last(count="many"), r"`mask.last.count` must be at least 1 token, got 'many'"),
+        (lambda: Last(count=0.5), r"`mask.last.count` must be at least 1 token, got 0.5"),
         (lambda: Middle(count=Linear(start=4, end=0)), r"`mask.middle.count` must be at least 1 token"),
         (lambda: Random(count=-1), r"`mask.random.count` must"),
         (
@@ -293,7 +293,7 @@ def test_the_decision_to_stop():
         (lambda: TopPositions(score="reverse_kl", count=0), r"`mask.top_reverse_kl.count` must"),
         (lambda: EntropyQuantile(share=1.5), r"`mask.entropy_quantile.share` must be in \[0, 1\], got 1.5"),
         (lambda: Tip(share=-0.5), r"`mask.tip.share` must be in \[0, 1\]"),
-        (lambda: TrajectoryFloor(share=None), r"`mask.trajectory_floor.share` must be in \[0, 1\]"),
+        (lambda: TrajectoryFloor(share=2.0), r"`mask.trajectory_floor.share` must be in \[0, 1\]"),
         (lambda: RewardFloor(floor=0.5), r"`mask.reward_floor.floor` must be at most 0, got 0.5"),
         (lambda: TwoPhases(floor=-1, share=0.2, switch=2), r"`mask.two_phases.switch` must be in \[0, 1\]"),
         (lambda: TwoPhases(floor=1, share=0.2, switch=0.5), r"`mask.two_phases.floor` must"),
