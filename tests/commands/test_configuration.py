@@ -6,12 +6,14 @@ import importlib
 import inspect
 import itertools
 import math
+import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
@@ -20,7 +22,6 @@ from commands.running import here
 from opd_lightning.assemble import CollectorSettings
 from opd_lightning.commands import build, plain, refuse_unknown_keys
 from opd_lightning.errors import ConfigError
-from opd_lightning.objective import Objective
 from opd_lightning.paths import CONF_DIR
 from opd_lightning.train import KEYS, objective_from
 
@@ -29,12 +30,13 @@ CHOSEN = {
     name: option for entry in ROOT["defaults"] if isinstance(entry, dict) for name, option in entry.items()
 }
 FILES = sorted((f.parent.name, f.stem) for f in CONF_DIR.glob("*/*.yaml"))
-WHOLE = {"experiment", "debug"}
+WHOLE = {"experiment", "debug", "scale"}
 """Groups whose options change others; an option of any other is a part, or one of a list of parts."""
 LISTED = {group for group, option in CHOSEN.items() if isinstance(option, list)}
 OWNED = {"divergence": "topk", "reward": "token"}
 """Groups that come with an estimator."""
 PRESETS = [option for group, option in FILES if group == "experiment"]
+SCALES = [option for group, option in FILES if group == "scale"]
 
 
 def options(group: str) -> list[str]:
@@ -136,8 +138,8 @@ def test_a_preset_wins_over_its_groups_and_the_command_line_over_both(preset):
     config = composed(f"experiment={preset}")
     refuse_unknown_keys(config, KEYS)
     assert {key: at(config, key) for key in values} == values
-    others = {key: value + 1 for key, value in values.items() if isinstance(value, int | float)}
-    assert others
+    numbers = {k: v for k, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    others = {key: value + 1 for key, value in numbers.items()}
     config = composed(f"experiment={preset}", *(f"{key}={value}" for key, value in others.items()))
     assert {key: at(config, key) for key in others} == others
 
@@ -153,10 +155,52 @@ def test_debug_wins_over_a_preset(preset):
 def test_a_preset_holds_the_method_alone(preset):
     """So that it runs on any models, task and machine."""
     method = {"estimator", "support", "divergence", "reward", "rollout", "mask", "regularizer", "reduction"}
+    method |= {"teacher", "reference"}  # who they are, and not where they lie
     assert set(content("experiment", preset)) <= method | {"collector"}
+    assert not {key for key, _ in flat(content("experiment", preset)) if key.endswith((".path", ".lr"))}
     loaded = yaml.safe_load((CONF_DIR / "experiment" / f"{preset}.yaml").read_text())
-    groups = {name.removeprefix("override /") for entry in loaded["defaults"] for name in entry}
+    groups = {
+        name.removeprefix("override /").partition("@")[0] for entry in loaded["defaults"] for name in entry
+    }
     assert groups <= method
+
+
+@pytest.mark.parametrize("group", ["experiment", "scale"])
+def test_every_value_of_a_preset_says_where_it_comes_from(group):
+    """A place on a page of methods, or "ours"; a value that is written once more says "the same"."""
+    for option in options(group):
+        _, _, body = (CONF_DIR / group / f"{option}.yaml").read_text().partition("defaults:")
+        silent = [
+            line
+            for line in body.splitlines()
+            if re.match(r"\s*\w+:\s+\S", line)
+            and not re.search(r"#.*(section|part|ours|the same|rows with)", line)
+        ]
+        assert not silent, f"{group}/{option}"
+
+
+# -- the papers' own scale
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_a_scale_composes_with_its_preset(scale, tmp_path):
+    """Models, data, batch, lengths and learning rate of the paper; the method stays the preset's."""
+    config = composed(f"experiment={scale}", f"scale={scale}")
+    refuse_unknown_keys(config, KEYS)
+    values = {k: v for k, v in flat(content("scale", scale)) if "_target_" not in k}
+    assert {key: at(config, key) for key in values} == values
+    assert not {key.partition(".")[0] for key in values} & {"estimator", "support", "regularizer", "mask"}
+    assert config.student.path != composed().student.path
+    assert config.optimizer.lr < 1e-3
+    method = composed(f"experiment={scale}")
+    for group in ("estimator", "support", "regularizer", "mask", "reduction"):
+        assert config.get(group) == method.get(group)
+    # Everything that needs no model or file is built from it.
+    objective_from(config)
+    build(config.rollout)
+    CollectorSettings(**plain(config.collector))
+    build(config.evaluation.settings)
+    build(config.optimizer)([torch.nn.Parameter(torch.zeros(1))])
 
 
 # -- every preset trains
@@ -190,14 +234,23 @@ def objective(tmp_path_factory):
 @pytest.mark.parametrize("support", options("support"))
 @pytest.mark.parametrize("estimator", options("estimator"))
 def test_an_estimator_with_a_support(estimator, support, objective):
-    """Each pair is built or refused with the remedy; only topk needs a support, of at least two tokens."""
-    if estimator != "topk":
-        built = objective_from(objective(f"estimator={estimator}", f"support={support}"))
-        assert isinstance(built, Objective)
-        assert not built.uses_support
-        return
+    """Each pair is built, or refused with the remedy for the reason that there is."""
+    if estimator == "topk":
+        return check_topk(support, objective)
+    config = objective(f"estimator={estimator}", f"support={support}")
+    needs = build(config.estimator).needs
+    if needs.support and support == "none":
+        with pytest.raises(ConfigError, match=r"^`support` must .*, got none; .*support="):
+            objective_from(config)
+    else:
+        assert objective_from(config).uses_support == needs.support
+    return None
+
+
+def check_topk(support, objective):
     for divergence in options("divergence"):
         config = objective("estimator=topk", f"support={support}", f"divergence={divergence}")
+        config.estimator.biased = True
         for config.estimator.form in ("renormalised", "tail", "plain"):
             if support == "none" or (support == "sampled" and config.estimator.form == "renormalised"):
                 sentence = r"^`support` must .*, got (none|1: .*); .*(support=|support\.k=)"
@@ -230,4 +283,5 @@ def test_a_default_has_not_drifted_apart(group, option):
         parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters
         twice = {k: p.default for k, p in parameters.items() if k in node and p.default is not p.empty}
         if standard or group == "estimator":
-            assert twice == {key: node[key] for key in twice}
+            same = {key: list(value) if isinstance(value, tuple) else value for key, value in twice.items()}
+            assert same == {key: node[key] for key in twice}
