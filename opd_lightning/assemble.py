@@ -31,6 +31,7 @@ from opd_lightning.protocols import Engine, Follows, RolloutSampler, Task
 from opd_lightning.reference.initial import Initial
 from opd_lightning.schedule import within
 from opd_lightning.scorer import Scorer, check_head
+from opd_lightning.types import Origin
 from opd_lightning.writing import writers_for
 
 
@@ -108,6 +109,7 @@ def assemble(
         ConfigError: anything that cannot work, before a weight is read wherever possible.
     """
     _check_numbers(student_dtype, teacher.dtype, head_chunk, temperature)
+    _check_taught(objective, rollout)
     tokenizer = load_tokenizer(student_path, "student.path")
     vocab = shared_vocabulary(
         tokenizer,
@@ -196,6 +198,27 @@ def _bound(objective: Objective, tokenizer: PreTrainedTokenizerBase) -> Objectiv
     """Give the masks that name tokens by strings the student's tokenizer."""
     masks = {k: m.bind(tokenizer) if hasattr(m, "bind") else m for k, m in objective.masks.items()}
     return replace(objective, masks=masks)
+
+
+_WRITES = {
+    "student": Origin.STUDENT,
+    "mixed": Origin.STUDENT,
+    "teacher": Origin.TEACHER,
+    "gold": Origin.DATA,
+}
+
+
+def _check_taught(objective: Objective, rollout: RolloutSampler) -> None:
+    """Refuse a run whose rollouts hold no token that a part teaches: its loss would always be 0."""
+    written = {_WRITES[writer] for writer in rollout.writers}
+    if objective.teaches & written:
+        return
+    taught, found = [sorted(o.name.lower() for o in origins) for origins in (objective.teaches, written)]
+    raise ConfigError(
+        f"`rollout` must have tokens that the estimator or a regularizer teaches, {' or '.join(taught)}, got those of "
+        f"{' and '.join(found)} alone; use rollout=teacher_text for the teacher's, rollout=mixture for the data's, "
+        "or add the rollout's to estimator.origins"
+    )
 
 
 def _check_given_ids(objective: Objective, teacher: FrozenScorer) -> None:

@@ -101,10 +101,14 @@ class Objective:
             return replace(want, support="none")
         return replace(want, full=frozenset(term for term in want.full if term.target != "teacher"))
 
+    @property
+    def teaches(self) -> frozenset[Origin]:
+        """Whose tokens some part puts into the loss."""
+        return frozenset(origin for part in self._parts().values() for origin in part.needs.teaches)
+
     def mask(self, experience: Experience, world: World) -> Bool[Tensor, "batch time"]:
         """Return the tokens in the loss: inside the horizon, of an origin that a part teaches, not masked."""
-        teaches = frozenset(o for part in self._parts().values() for o in part.needs.teaches)
-        inside = experience.rollout.written_by(teaches)
+        inside = experience.rollout.written_by(self.teaches)
         for mask in self.masks.values():
             inside = inside & mask(experience, inside, world)
         return inside

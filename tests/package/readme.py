@@ -16,14 +16,18 @@ from pathlib import Path
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
-from opd_lightning import evaluate, train
+from opd_lightning import choose_horizon, evaluate, train
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "README.md").read_text()
 
-SHELL = ("run", "fails", "grid", "setup", "gpu", "hub")
+SHELL = ("run", "fails", "grid", "every", "setup", "gpu", "hub")
 """Classes of shell blocks; one without a class is not ours to run (tensorboard)."""
-MAINS = {"opd_lightning.train": train.main, "opd_lightning.evaluate": evaluate.main}
+MAINS = {
+    "opd_lightning.train": train.main,
+    "opd_lightning.evaluate": evaluate.main,
+    "opd_lightning.choose_horizon": choose_horizon.main,
+}
 _FENCE = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
 
 

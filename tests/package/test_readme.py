@@ -149,6 +149,16 @@ def test_grid(command, finished):
         assert pair[0] == pair[1]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("command", commands("every"), ids=ids)
+def test_every_preset_in_one_command(command, finished):
+    done = finished(command)
+    assert done.code == 0, done.err
+    summaries = list(done.folder.glob("multirun/**/summary.json"))
+    assert len(summaries) == len(options("experiment"))
+    assert all(json.loads(path.read_text())["optimizer_steps"] == 2 for path in summaries)
+
+
 # -- gpu, hub: composed and, but for the models, built
 
 

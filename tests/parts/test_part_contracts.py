@@ -26,7 +26,10 @@ PROTOCOLS = {
 }
 LISTED = {"mask", "regularizer"}
 DECLARING = {"estimator", "support", "mask", "regularizer"}
-LINES = {"estimator": 100, "regularizer": 130}  # the trust region has three treatments of outliers; elsewhere 80
+LINES = {
+    "estimator": 100,
+    "regularizer": 130,
+}  # the trust region has three treatments of outliers; elsewhere 80
 FILES = sorted(f for group in PROTOCOLS for f in (CONF_DIR / group).glob("*.yaml"))
 every = pytest.mark.parametrize("file", FILES, ids=lambda f: f"{f.parent.name}/{f.stem}")
 

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from rollouts import VOCAB, Pair, prompts_of, rollout_of, short, text
+from rollouts import STOPS, VOCAB, Pair, prompts_of, rollout_of, short, text
 
 from opd_lightning.errors import ConfigError
 from opd_lightning.rollout.coin import Coin
@@ -72,6 +72,25 @@ def test_one_teacher_response_a_prompt_and_no_more_tokens_than_there_is_room_for
     assert room == 12 - shortest
     assert rollout.mask.sum(-1).max() == 12
     assert not set(prompts.seeds) & set(continued.seeds)  # no random number serves both
+
+
+def test_a_continuation_that_would_have_ended_past_the_budget_is_cut(pair):
+    """Rows are continued together, with the room of the shortest prefix; a longer prefix leaves less."""
+    pair.asked.clear()
+    rollout = pair.roll(short("teacher_prefix", fraction=0.6, samples=8))
+    _, (_, asked, room) = pair.asked
+    whole = dict(
+        zip(asked.seeds, pair.draw("student", asked, Sampling(max_new_tokens=room)).finish, strict=True)
+    )
+    late = [
+        row
+        for row, seed in enumerate(rollout.prompt.seeds)
+        if seed in whole and int(whole[seed]) == Finish.EOS and text(rollout, row)[-1] not in STOPS
+    ]
+    assert late
+    for row in late:
+        assert len(text(rollout, row)) == 12
+        assert int(rollout.finish[row]) == Finish.LENGTH
 
 
 def test_the_prefix_is_in_the_loss_once_a_prompt(pair):
