@@ -80,6 +80,10 @@ def test_run(command, finished):
         assert summary["optimizer_steps"] == 2
         assert 0 <= summary["accuracy_before"] <= 1
         assert 0 <= summary["accuracy_after"] <= 1
+    elif command.module == "opd_lightning.choose_horizon":
+        (found,) = done.folder.glob("runs/**/horizon.json")
+        (said,) = re.findall(r"`N = (\d+)`", TEXT)
+        assert abs(json.loads(found.read_text())["horizon"] - int(said)) <= 8  # rounding differs among machines
     else:
         (found,) = done.folder.glob("runs/**/evaluation.json")
         assert 0 <= json.loads(found.read_text())["metrics"]["all"]["accuracy"] <= 1
