@@ -143,6 +143,7 @@ def test_the_support_carries_the_teacher_s_log_probs(student, teacher, support):
             assert found == expected
 
 
+# numerics 11.29
 def test_teacher_scores_belong_to_their_tokens(student, teacher):
     (first, *_), _ = collect(collector(teacher), student)
     (part,) = first
@@ -163,6 +164,7 @@ def test_a_full_support_carries_hidden_states_and_no_ids(student, teacher):
     assert objective.want.support == "none"
 
 
+# numerics 11.23
 def test_rows_do_not_depend_on_scoring_or_decoding_batches(student, teacher):
     one = joined(collect(collector(teacher), student)[0])
     engine = TransformersEngine(batch_size=3, method="auto")
@@ -173,6 +175,7 @@ def test_rows_do_not_depend_on_scoring_or_decoding_batches(student, teacher):
         torch.testing.assert_close(one[key][1], other[key][1], atol=2e-5, rtol=1e-5)
 
 
+# numerics 11.23
 def test_two_ranks_collect_what_one_process_collects(student, teacher):
     whole, _ = collect(collector(teacher), student)
     # Shares need both ranks' counts; rows do not, so that a lonely rank can be compared row by row.
@@ -208,7 +211,7 @@ def test_horizons_follow_their_schedules(student, teacher):
 
 
 def test_esr_equals_a_full_rollout_with_a_loss_mask(student, teacher):
-    """numerics.md section 11, point 20: the same draws, per-sequence mean over the supervised tokens."""
+    """numerics 11.20: the same draws, per-sequence mean over the supervised tokens."""
     objective = Objective(
         estimator=Token(reward=LogRatio()), support=TeacherTopK(k=4), reduction=SequenceMean()
     )

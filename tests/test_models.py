@@ -39,6 +39,7 @@ def swap(one: str, other: str):
     return change
 
 
+# numerics 11.25
 def test_one_tokenizer_of_two_widths_is_read_up_to_the_smaller():
     assert shared_vocabulary(OWN, OWN, (151_936, 152_064)) == 151_936
     assert shared_vocabulary(OWN, OWN, (152_064, 151_936)) == 151_936

@@ -58,6 +58,7 @@ def dense(model, rollout: Rollout, vocab: int = VOCAB) -> torch.Tensor:
     return out
 
 
+# numerics 11.29
 @pytest.mark.parametrize("name", ["qwen3", "qwen3 untied", "llama", "qwen2", "gemma2"])
 def test_scores_equal_dense_logits(name):
     model, rollout = family(name).eval(), random_rollout(5)
@@ -91,6 +92,7 @@ def test_renormalised_scores_are_a_softmax_over_the_given_ids():
     )
 
 
+# numerics 11.31
 def test_full_divergence_equals_the_dense_one_and_its_gradient():
     student, teacher, rollout = tiny_model(1), tiny_model(2, hidden=40), random_rollout(4)
     hidden = Scorer(teacher)(rollout.tokens, Want(hidden=True)).hidden.detach()
@@ -109,6 +111,7 @@ def test_full_divergence_equals_the_dense_one_and_its_gradient():
     assert not any("target" in name for name in scorer.state_dict())
 
 
+# numerics 11.25
 def test_a_shared_vocabulary_has_no_padding_ids():
     model, rollout, shared = tiny_model(), random_rollout(3, vocab=40), 40
     with torch.no_grad():
@@ -123,7 +126,7 @@ def test_a_shared_vocabulary_has_no_padding_ids():
 
 
 def test_a_shift_of_the_teacher_by_one_position_is_seen():
-    """numerics.md section 11, point 29: logits at t - 1 score token t."""
+    """numerics 11.29: logits at t - 1 score token t."""
     model, rollout = tiny_model(), random_rollout(4)
     with torch.no_grad():
         right = Scorer(model)(rollout.tokens, Want(taken=True)).taken_logp
@@ -140,6 +143,7 @@ def test_a_head_that_does_something_unknown_is_refused():
         check_head(scorer, "some/model")
 
 
+# numerics 11.24
 def test_a_response_of_no_tokens_has_finite_scores_and_gradient():
     model, rollout = tiny_model(), random_rollout(2)
     tokens = TokenBatch(

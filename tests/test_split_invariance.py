@@ -58,6 +58,7 @@ def objective(request) -> Objective:
     )
 
 
+# numerics 11.23
 def test_micro_batches_give_the_loss_and_gradient_of_the_whole(objective):
     experience = whole(objective)
     expected, reference = gradient(objective, [experience])
@@ -71,6 +72,7 @@ def test_micro_batches_give_the_loss_and_gradient_of_the_whole(objective):
         assert (found - reference).abs().max() <= 1e-6 * reference.abs().max()
 
 
+# numerics 11.23
 def test_padding_changes_nothing(objective):
     experience = whole(objective)
     expected, reference = gradient(objective, [experience])
@@ -79,6 +81,7 @@ def test_padding_changes_nothing(objective):
     assert (found - reference).abs().max() <= 1e-6 * reference.abs().max()
 
 
+# numerics 11.23
 def test_two_ranks_add_up_to_one_process(objective):
     experience = random_experience(ROWS)
     halves = [experience.rows(slice(0, 4)), experience.rows(slice(4, ROWS))]
@@ -97,6 +100,7 @@ def test_two_ranks_add_up_to_one_process(objective):
     assert (found - reference).abs().max() <= 1e-6 * reference.abs().max()
 
 
+# numerics 11.23, 11.24
 def test_an_empty_micro_batch_is_zero_with_a_graph(objective):
     experience = whole(objective)
     loss, found = gradient(objective, [empty(experience)])

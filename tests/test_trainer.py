@@ -157,6 +157,7 @@ class Watch(L.Callback):
 # -- what an optimizer step is
 
 
+# numerics 11.23
 @pytest.mark.parametrize("objective", [MATCHING, SAMPLED], ids=["topk", "token"])
 def test_accumulation_changes_nothing(objective):
     """A step of eight rows in 1, 3, 5 or 9 micro-batches, of which some of the 9 are empty."""
@@ -174,6 +175,7 @@ def test_accumulation_changes_nothing(objective):
         assert (found[accumulate] - found[1]).norm() <= 1e-12 * found[1].norm()
 
 
+# numerics 11.23
 def test_accumulation_in_single_precision():
     found = []
     for accumulate in (1, 3, 4):
@@ -198,6 +200,7 @@ def test_global_step_counts_optimizer_steps():
     assert rates == pytest.approx([0.005, 0.01, 0.01, 0.007, 0.004])
 
 
+# numerics 11.23
 def test_logged_loss_is_the_mean_over_the_tokens_of_the_step():
     """KL(S||T), both renormalised over the teacher's four ids, by the models' own logits, token by token."""
     toy = Toy(prompts=6)
@@ -304,6 +307,7 @@ def test_evaluation_does_not_touch_training():
 # -- the teacher
 
 
+# numerics 11.31
 @pytest.mark.parametrize("objective", [MATCHING, EXACT, SAMPLED], ids=["topk", "full", "token"])
 def test_the_teacher_is_read_and_nothing_else(objective, tmp_path):
     toy = Toy(objective)
@@ -349,7 +353,7 @@ def tensors(value):
     ids=["full", "teacher", "token", "rewards-to-go"],
 )
 def test_training_reduces_the_exact_divergence(objective, left):
-    """numerics.md section 11, point 31: 8 ids, up to 3 tokens, KL(S||T) over all responses by enumeration."""
+    """numerics 11.31: 8 ids, up to 3 tokens, KL(S||T) over all responses by enumeration."""
     toy = Toy(objective, vocab=8, new=3, prompts=4, samples=8, stops=(2,))
     prompts = [toy.data.collector.prompts.stream([i]).ids for i in range(2)]
     before = sum(sequence_divergence(toy, p) for p in prompts)

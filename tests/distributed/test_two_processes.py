@@ -188,6 +188,7 @@ def pair(request, single, students, tmp_path_factory) -> Pair:
     return Pair(single[case], two, student)
 
 
+# numerics 11.23
 def test_same_metrics(pair):
     one, two = pair.one, pair.two
     assert one.rows.keys() == two.rows.keys()
@@ -229,6 +230,7 @@ def test_same_evaluations(pair):
     assert [two.summary[name] for name in names] == [one.summary[name] for name in names]
 
 
+# numerics 11.23
 def test_same_student(pair):
     start, expected, found = load_file(pair.student / "model.safetensors"), pair.one.weights, pair.two.weights
     assert found.keys() == expected.keys() == start.keys()
@@ -254,6 +256,7 @@ def test_the_exported_student_loads(pair):
     assert tokenizer("3 + 4")["input_ids"] == AutoTokenizer.from_pretrained(STUDENT)("3 + 4")["input_ids"]
 
 
+# numerics 11.31
 def test_the_checkpoint_is_the_student_whole_and_alone(pair):
     one, two = pair.one, pair.two
     expected, found = one.checkpoint, two.checkpoint

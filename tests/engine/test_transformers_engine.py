@@ -180,6 +180,7 @@ def test_padding_holds_zeros(method, qwen3, prompts):
         assert (tensor[~got.mask] == 0).all()
 
 
+# numerics 11.25
 @pytest.mark.parametrize("method", ["loop", "generate"])
 def test_no_id_outside_the_shared_vocabulary(method, qwen3, prompts):
     got = run(qwen3, prompts, Sampling(max_new_tokens=20, temperature=3.0, vocab=7, top_ids=7), method)

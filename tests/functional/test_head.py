@@ -161,6 +161,7 @@ def test_sliced_head_is_a_smaller_vocabulary():
     assert top(hidden, shared, 9, ids, entropy=False, chunk=4).ids.max() < 9
 
 
+# numerics 11.24
 def test_nothing_to_score_has_a_graph():
     hidden, head, ids = make(0, bias=True)
     results = [

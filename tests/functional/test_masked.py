@@ -41,6 +41,7 @@ def test_masked_places_do_not_matter(function, garbage):
     assert (values.grad[MASK] > 0).all()
 
 
+# numerics 11.24
 @functions
 def test_empty_is_zero_with_a_graph(function):
     """All-masked rows and batches: value 0, gradient 0, never NaN (numerics.md section 9)."""

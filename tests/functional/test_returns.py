@@ -21,6 +21,7 @@ def by_loop(values, mask, gamma):
     return torch.tensor(out, dtype=values.dtype).reshape(values.shape)
 
 
+# numerics 11.18
 def test_known_numbers():
     values = torch.tensor([[1.0, 2.0, 3.0, NAN, 5.0, 6.0]])
     mask = torch.tensor([[True, True, True, False, True, True]])
@@ -31,6 +32,7 @@ def test_known_numbers():
     assert sequence_return(values, mask).tolist() == [[17.0, 17.0, 17.0, 0.0, 17.0, 17.0]]
 
 
+# numerics 11.18
 @pytest.mark.parametrize("gamma", [0.0, 0.3, 0.99, 1.0])
 @pytest.mark.parametrize("time", [0, 1, 2, 7, 16, 33])
 def test_equals_the_loop(gamma, time):
@@ -41,6 +43,7 @@ def test_equals_the_loop(gamma, time):
     torch.testing.assert_close(got, by_loop(values, mask, gamma), atol=1e-12, rtol=0)
 
 
+# numerics 11.18
 def test_gamma_0_is_the_value_and_gamma_1_the_rest():
     values, mask = torch.randn(3, 12, dtype=torch.float64), torch.ones(3, 12, dtype=torch.bool)
     assert discounted_return(values, mask, 0.0).equal(values)

@@ -78,6 +78,7 @@ def test_sign_gate_at_one_is_forward_kl(world, renormalised):
     same(loss.metrics["sign_gate"], world.mask.to(torch.float64))
 
 
+# numerics 11.27
 def test_sign_gate_has_a_threshold_between(world):
     """Neither limit nor sign: the gate is the difference of probabilities, and may move over the run."""
     scores, experience = scored(world)
@@ -233,6 +234,7 @@ def test_tokens_of_others_stay_as_they_are(world, part):
     assert (written(after) != written(loss))[:, 1:].any()
 
 
+# numerics 11.23
 @every
 def test_micro_batches_add_up(world, part):
     scores, experience = scored(world)

@@ -82,6 +82,7 @@ def test_a_token_is_not_to_blame_for_the_past(world):
     close(world.score_sum(lambda d, t: sum(d[:t])), torch.zeros_like(world.theta), atol=1e-12)
 
 
+# numerics 11.18
 def test_gamma_0_is_token(world):
     token = loss_of(Token(reward=LogRatio()), world)
     discounted = loss_of(Discounted(reward=LogRatio(), gamma=0.0), world)

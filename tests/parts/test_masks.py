@@ -100,6 +100,7 @@ class TestByPosition:
 class TestSchedules:
     """Point 27."""
 
+    # numerics 11.27
     def test_a_cosine_horizon(self):
         """From 1 to 0 it is .5 in the middle; here from 9 to 1, so 5."""
         mask = torch.ones(1, 12, dtype=torch.bool)
@@ -113,6 +114,7 @@ class TestSchedules:
         counts = [sum(kept(part, experience(mask, progress=p / 20))[0]) for p in (0, 1, 10, 20)]
         assert counts == [1, 2, 6, 11]  # 1.5 rounds to 2
 
+    # numerics 11.27
     @pytest.mark.parametrize("of", [3, 7, 150, 320])
     def test_a_switch_falls_on_its_step(self, of):
         """Progress is steps done over planned steps: step k of n sees the second phase if k / n >= switch."""

@@ -36,7 +36,7 @@ def test_shares_sum_to_one_and_only_inside(reduction):
 @both
 @pytest.mark.parametrize("cuts", [[1, 3], [2, 2], [3, 1], [0, 4]])
 def test_ranks_do_not_matter(reduction, cuts):
-    """numerics.md section 11, point 23: with the counts summed over ranks, each computes the same shares."""
+    """numerics 11.23: with the counts summed over ranks, each computes the same shares."""
     parts = MASK.split(cuts)
     counts = []
     for part in parts:
@@ -46,6 +46,7 @@ def test_ranks_do_not_matter(reduction, cuts):
     torch.testing.assert_close(got, reduction(MASK, alone), atol=1e-7, rtol=0)
 
 
+# numerics 11.23
 @both
 def test_padding_does_not_matter(reduction):
     padded = torch.nn.functional.pad(MASK, (0, 3, 0, 2))
@@ -55,7 +56,7 @@ def test_padding_does_not_matter(reduction):
 @both
 @pytest.mark.parametrize("shape", [(2, 3), (0, 3), (2, 0)])
 def test_nothing_in_the_loss(reduction, shape):
-    """numerics.md section 11, point 24."""
+    """numerics 11.24."""
     share = reduction(torch.zeros(shape, dtype=torch.bool), alone)
     assert share.shape == shape
     assert (share == 0).all()

@@ -1,7 +1,11 @@
-"""Every combination that numerics.md, section 10, refuses: one sentence with the remedy. numerics 11.30"""
+"""Every combination that numerics.md, section 10, refuses: one sentence with the remedy. numerics 11.30
+
+Its items are numbered in the order in which they stand there.
+"""
 
 import re
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 import pytest
@@ -15,7 +19,9 @@ from opd_lightning.divergence.jsd import JSD
 from opd_lightning.divergence.reverse_kl import ReverseKL
 from opd_lightning.divergence.skewed import Skewed
 from opd_lightning.errors import ConfigError
+from opd_lightning.estimator.discounted import Discounted
 from opd_lightning.estimator.penalty import SampledPenalty
+from opd_lightning.estimator.sequence import Sequence
 from opd_lightning.estimator.token import Token
 from opd_lightning.estimator.topk import TopK
 from opd_lightning.loading import FrozenScorer, Loading
@@ -33,14 +39,15 @@ from opd_lightning.support.teacher import TeacherTopK
 from opd_lightning.support.union import Union
 from opd_lightning.types import Origin
 
-FORM = re.compile(r"`[\w.]+` must .+, got .+; (use|add|leave|choose|cut) .+", re.S)
+FORM = re.compile(r"`[\w.]+` must .+, got .+; (use|add|leave|choose|cut) .+")
 
 
 def refused(build, *parts):
     with pytest.raises(ConfigError) as caught:
         build()
     sentence = str(caught.value)
-    assert FORM.fullmatch(sentence), sentence
+    assert FORM.fullmatch(sentence), sentence  # no line break
+    assert not re.search(r"[.!?] +[A-Z`]|[.!?]$", sentence), sentence  # one sentence
     for part in parts:
         assert part in sentence, sentence
 
@@ -52,6 +59,7 @@ def objective(estimator, support, **parts):
 TOKEN, TOPK = Token(reward=LogRatio()), TopK(divergence=ReverseKL())
 
 
+# numerics 10.1, 11.30
 def test_k1_direct():
     refused(
         lambda: Token(reward=LogRatio(), gradient="direct"),
@@ -64,12 +72,15 @@ def test_k1_direct():
     )
 
 
+# numerics 10.2, 11.30
+@pytest.mark.parametrize("kind", [Token, Sequence, partial(Discounted, gamma=1.0)])
 @pytest.mark.parametrize("origins", [("teacher",), ("data",), ("student", "teacher")])
-def test_k1_as_advantage_on_the_teacher_s_tokens(origins):
+def test_k1_as_advantage_on_the_teacher_s_tokens(origins, kind):
     parts = ("estimator.origins", "opposite to imitation", "regularizer=[imitation]")
-    refused(lambda: Token(reward=LogRatio(), origins=origins), *parts)
+    refused(lambda: kind(reward=LogRatio(), origins=origins), *parts)
 
 
+# numerics 10.2
 @pytest.mark.parametrize("seed", range(5))
 def test_why_k1_as_advantage_on_the_teacher_s_tokens_is_refused(seed):
     """y ~ T: A = r has neither KL's gradient, and A = -r, the k1 of KL(T||S), is ascent away from imitation."""
@@ -90,12 +101,14 @@ def test_why_k1_as_advantage_on_the_teacher_s_tokens_is_refused(seed):
     assert torch.cosine_similarity(punished, toward["forward"], dim=0) < -0.5
 
 
+# numerics 10.3, 11.30
 def test_a_value_of_the_position_as_advantage():
     parts = ("estimator.gradient", "depends on the position only", "exactly 0", "estimator=token")
     refused(lambda: TopK(divergence=ReverseKL(), gradient="score"), *parts)
 
 
-def test_why_a_value_of_the_position_as_advantage_is_refused(world):  # numerics 11.8
+# numerics 10.3, 11.8
+def test_why_a_value_of_the_position_as_advantage_is_refused(world):
     estimator = TopK(divergence=ReverseKL(), form="tail")
     divergence = estimator(*world.on_support(TeacherTopK(k=2)), 0.0).value.detach()
     assert divergence.max() > 0.1
@@ -104,6 +117,7 @@ def test_why_a_value_of_the_position_as_advantage_is_refused(world):  # numerics
     torch.testing.assert_close(got, torch.zeros_like(got), atol=1e-12, rtol=0)
 
 
+# numerics 10.4, 11.30
 @pytest.mark.parametrize(
     "support", [TeacherTopK(k=1), StudentTopK(k=1), Sampled()], ids=lambda s: type(s).__name__
 )
@@ -120,6 +134,7 @@ RAW = {
 }
 
 
+# numerics 10.5, 11.30
 @pytest.mark.parametrize("divergence", RAW.values(), ids=RAW.keys())
 def test_a_raw_truncated_divergence_that_is_not_named(divergence):
     parts = ("estimator.form", type(divergence).__name__, "'plain'", "estimator.biased=true")
@@ -134,6 +149,7 @@ def test_generalised_and_forward_kl_hold_on_a_truncated_support():
     assert TopK(divergence=ForwardKL(), form="plain")
 
 
+# numerics 10.6, 11.30
 @pytest.mark.parametrize(
     ("kind", "of", "right"),
     [
@@ -151,6 +167,7 @@ def test_a_penalty_labelled_as_another_divergence(kind, of, right):
     )
 
 
+# numerics 10.7, 11.30
 def test_taken_or_not_taken_labelled_as_reverse_kl():
     tail = TopK(divergence=ReverseKL(), form="tail")
     refused(lambda: objective(tail, Sampled()), "`support`", "at least 2", "got 1", "estimator.biased=true")
@@ -158,6 +175,7 @@ def test_taken_or_not_taken_labelled_as_reverse_kl():
     assert objective(tail, TeacherTopK(k=2))
 
 
+# numerics 10.8, 11.30
 def test_the_ratio_of_ppo_beside_a_direct_gradient():
     clip = {"ratio_clip": RatioClip()}
     for direct in (TOPK, SampledPenalty(kind="k2", of="reverse_kl")):
@@ -192,6 +210,7 @@ class TopOnly:
     scores_given_ids: ClassVar[bool] = False
 
 
+# numerics 10.11, 11.30
 def test_a_student_s_support_with_a_teacher_that_cannot_score_given_ids():
     for support in (StudentTopK(k=4), Union(k=4)):
         chosen = objective(TOPK, support)
@@ -200,6 +219,7 @@ def test_a_student_s_support_with_a_teacher_that_cannot_score_given_ids():
     _check_given_ids(objective(TOPK, TeacherTopK(k=4)), TopOnly())
 
 
+# numerics 10.10, 11.30
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
 def test_a_teacher_at_another_temperature(temperature):
     loading = Loading(
@@ -218,6 +238,7 @@ def test_a_teacher_at_another_temperature(temperature):
     loading.check_temperature(None, field)
 
 
+# numerics 10.9, 11.30
 def test_a_teacher_s_top_ids_beyond_the_student_s_width():
     """A teacher with 8 more ids than the student, not cut to the shared ones, and sure of the last of them."""
     rollout = random_rollout(3, vocab=WIDTH)

@@ -124,6 +124,7 @@ def test_changes_the_loss(name, tables):
     assert (plain - changed).abs().max() > 1e-6
 
 
+# numerics 11.24
 @every
 def test_nothing_in_the_loss_is_0_with_a_graph(name, tables):
     _, (value, _) = lost(tables, name, empty=True)

@@ -17,6 +17,7 @@ ALL = [
 ]
 
 
+# numerics 11.27
 def test_known_numbers():
     assert [value_at(0.7, p) for p in (0.0, 1.0)] == [0.7, 0.7]
     assert [Constant(at=0.3).value(p) for p in (0.0, 0.5, 1.0)] == [0.3] * 3
@@ -31,6 +32,7 @@ def test_known_numbers():
     assert [half.value(p) for p in (0.0, 0.25, 0.5, 0.9)] == pytest.approx([1.0, 0.6, 0.2, 0.2])
 
 
+# numerics 11.27
 def test_a_step_switches_exactly_there():
     switch = Step(before=1.0, after=3.0, at=0.5)
     assert [switch.value(p) for p in (0.0, math.nextafter(0.5, 0), 0.5, 1.0)] == [1.0, 1.0, 3.0, 3.0]

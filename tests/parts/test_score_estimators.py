@@ -112,7 +112,7 @@ def test_padding_does_not_matter(estimator, garbage):
 
 @every
 def test_an_empty_row_and_an_empty_batch(estimator):
-    """numerics.md section 11, point 24: all-masked rows and empty responses."""
+    """numerics 11.24: all-masked rows and empty responses."""
     student = STUDENT.clone().requires_grad_()
     loss = estimator(*make(student, mask=torch.zeros_like(MASK)), 0.0)
     assert (loss.value == 0).all()

@@ -39,6 +39,7 @@ def test_the_fixture_inserts_and_does_not_know(tokenizer):
     assert tokenizer.encode("ax") == [1, 3, 0]
 
 
+# numerics 11.26
 def test_bind_collects_all_ids_of_each_string(tokenizer):
     bound = SpecialTokens(tokens=("ab", "<|", "<eos>", "xyz")).bind(tokenizer)
     # a, b; <, |; <eos>; nothing of what the tokenizer does not know, and no inserted <bos>
@@ -46,6 +47,7 @@ def test_bind_collects_all_ids_of_each_string(tokenizer):
     assert bound.tokens == ("ab", "<|", "<eos>", "xyz")
 
 
+# numerics 11.26
 def test_first_occurrence_of_each_id_in_each_response():
     ids = torch.tensor([[5, 3, 3, 5, 4], [3, 9, 9, 3, 5], [9, 9, 9, 9, 9]])
     mask = torch.ones_like(ids, dtype=torch.bool)
@@ -54,6 +56,7 @@ def test_first_occurrence_of_each_id_in_each_response():
     assert keep.int().tolist() == [[0, 0, 1, 1, 1], [0, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
 
 
+# numerics 11.26
 def test_padding_before_a_token_is_not_an_occurrence():
     ids = torch.tensor([[3, 9, 3, 3]])
     mask = torch.tensor([[False, True, True, True]])
@@ -68,6 +71,7 @@ def test_nothing_listed_removes_nothing(tokenizer):
     assert kept(SpecialTokens(tokens=("zzz",)).bind(tokenizer), rollout).all()
 
 
+# numerics 11.26
 def test_a_string_of_several_ids_loses_the_first_of_each(tokenizer):
     """Not the first occurrence of the string: its ids are looked for one by one."""
     mask = SpecialTokens(tokens=("<|",)).bind(tokenizer)
@@ -77,6 +81,7 @@ def test_a_string_of_several_ids_loses_the_first_of_each(tokenizer):
     assert kept(mask, rollout).int().tolist() == [[0, 1, 0, 1, 1, 1]]
 
 
+# numerics 11.26
 def test_denominators_follow():
     """Shares are 1 over the tokens that stay, of the batch or of the response."""
     ids = torch.tensor([[3, 9, 9, 9], [3, 3, 9, 9], [3, 0, 0, 0]])

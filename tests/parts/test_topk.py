@@ -95,7 +95,7 @@ def test_full_support_reads_the_scores():
 
 @forms
 def test_nothing_sampled(form):
-    """numerics.md section 11, point 24."""
+    """numerics 11.24."""
     scores, experience = make(mask=torch.zeros(1, 3, dtype=torch.bool))
     loss = TopK(divergence=ReverseKL(), form=form, biased=form == "plain")(scores, experience, 0.0)
     assert (loss.value == 0).all()

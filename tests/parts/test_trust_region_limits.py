@@ -161,6 +161,7 @@ def test_what_stands_outside_the_mask_never_matters(world, options):
             same(soiled, clean)
 
 
+# numerics 11.23
 def test_micro_batches_keep_the_stored_draw():
     world = World(4, 3)
     scores, experience = scored(world)
