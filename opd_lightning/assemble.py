@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
@@ -16,14 +16,7 @@ from opd_lightning.data import Evaluation, OnPolicyData
 from opd_lightning.errors import ConfigError, require
 from opd_lightning.loading import FrozenScorer, Loading, Reference
 from opd_lightning.lora import Lora
-from opd_lightning.models import (
-    check_dtype,
-    load_model,
-    load_tokenizer,
-    shared_vocabulary,
-    stop_ids,
-    vocabulary_width,
-)
+from opd_lightning.models import check_dtype, load_model, pair_vocabulary, stop_ids
 from opd_lightning.module import OnPolicyDistillation
 from opd_lightning.objective import Objective
 from opd_lightning.prompts import Prompts
@@ -31,7 +24,7 @@ from opd_lightning.protocols import Engine, Follows, RolloutSampler, Task
 from opd_lightning.reference.initial import Initial
 from opd_lightning.schedule import within
 from opd_lightning.scorer import Scorer, check_head
-from opd_lightning.types import Origin
+from opd_lightning.types import Origin, Problem
 from opd_lightning.writing import writers_for
 
 
@@ -110,20 +103,11 @@ def assemble(
     """
     _check_numbers(student_dtype, teacher.dtype, head_chunk, temperature)
     _check_taught(objective, rollout)
-    tokenizer = load_tokenizer(student_path, "student.path")
-    vocab = shared_vocabulary(
-        tokenizer,
-        load_tokenizer(teacher.path, "teacher.path"),
-        (vocabulary_width(student_path, "student.path"), vocabulary_width(teacher.path, "teacher.path")),
-    )
+    tokenizer, vocab = pair_vocabulary(student_path, teacher.path)
     most = max(objective.needs.teacher_top, objective.needs.student_top)
     require(most <= vocab, "support.k", f"be at most the vocabulary's {vocab} ids", most, "use support=full")
     objective = _bound(objective, tokenizer)
-    limits = {"max_tokens": collector.max_prompt_tokens, "long": collector.long_prompts}
-    limits_of_training = limits | {"pool": collector.prompt_pool}
-    training = Prompts(problems=task.problems("train"), tokenizer=tokenizer, seed=seed, **limits_of_training)  # type: ignore[arg-type]
-    held_out = task.problems(split)
-    validation = Prompts(problems=held_out, tokenizer=tokenizer, seed=0, **limits) if len(held_out) else None  # type: ignore[arg-type]
+    training, validation = _prompts(task, tokenizer, collector, split, seed)
     model = load_model(student_path, "student.path", student_dtype)
     if lora is not None:
         lora.add_to(model, seed)
@@ -131,10 +115,8 @@ def assemble(
     check_head(student, student_path)
     student.train()
     stops = stop_ids(model, tokenizer)
-    covered = [stop for stop in stops if stop < vocab]
-    require(
-        bool(covered), "teacher.path", f"know the student's stop ids {stops}", vocab, "use a wider teacher"
-    )
+    known = any(stop < vocab for stop in stops)
+    require(known, "teacher.path", f"know the student's stop ids {stops}", vocab, "use a wider teacher")
     loading = Loading(
         student=student,
         student_path=student_path,
@@ -155,7 +137,7 @@ def assemble(
         student.set_target("reference", referred.scorer)
     writers_for(
         engine, student, frozen, tokenizer, stops, rollout.writers
-    )  # refuses writers that are not there
+    )  # refuses those that are not there
     collecting = Collector(
         task=task,
         prompts=training,
@@ -179,6 +161,26 @@ def assemble(
         teacher=frozen,
         tokenizer=tokenizer,
     )
+
+
+def _prompts(
+    task: Task, tokenizer: PreTrainedTokenizerBase, settings: CollectorSettings, split: str, seed: int
+) -> tuple[Prompts, Prompts | None]:
+    """Return the training prompts, and the held-out ones if the task has them."""
+
+    def prompts(problems: Sequence[Problem], seed: int, pool: int | None) -> Prompts:
+        return Prompts(
+            problems=problems,
+            tokenizer=tokenizer,
+            max_tokens=settings.max_prompt_tokens,
+            long=settings.long_prompts,
+            seed=seed,
+            pool=pool,
+        )
+
+    training = prompts(task.problems("train"), seed, settings.prompt_pool)
+    held_out = task.problems(split)
+    return training, prompts(held_out, 0, None) if len(held_out) else None
 
 
 def _check_numbers(student_dtype: str, teacher_dtype: str, head_chunk: int, temperature: float) -> None:

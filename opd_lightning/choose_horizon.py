@@ -23,14 +23,7 @@ from opd_lightning.diagnostics.horizon import DivergenceByPosition
 from opd_lightning.errors import require
 from opd_lightning.functional.divergence import reverse_kl
 from opd_lightning.loading import FrozenScorer, Loading
-from opd_lightning.models import (
-    check_dtype,
-    load_model,
-    load_tokenizer,
-    shared_vocabulary,
-    stop_ids,
-    vocabulary_width,
-)
+from opd_lightning.models import check_dtype, load_model, pair_vocabulary, stop_ids
 from opd_lightning.prompts import Prompts
 from opd_lightning.protocols import Engine
 from opd_lightning.schedule import within
@@ -91,9 +84,7 @@ def load(config: DictConfig) -> Pair:
     path, dtype = config.student.path, config.student.dtype
     check_dtype(dtype, "student.dtype")
     check_dtype(source.dtype, "teacher.dtype")
-    tokenizer = load_tokenizer(path, "student.path")
-    widths = vocabulary_width(path, "student.path"), vocabulary_width(source.path, "teacher.path")
-    vocab = shared_vocabulary(tokenizer, load_tokenizer(source.path, "teacher.path"), widths)
+    tokenizer, vocab = pair_vocabulary(path, source.path)
     prompts = Prompts(
         problems=problems,
         tokenizer=tokenizer,

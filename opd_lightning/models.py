@@ -171,3 +171,14 @@ def shared_vocabulary(
                 f"({len(cut[0])} and {len(cut[1])} tokens); choose a model of the same family"
             )
     return min(widths)
+
+
+def pair_vocabulary(student_path: str, teacher_path: str) -> tuple[PreTrainedTokenizerBase, int]:
+    """Return the student's tokenizer, and how many ids student and teacher share.
+
+    Raises:
+        ConfigError: a folder is no model, or the tokenizers differ.
+    """
+    tokenizer = load_tokenizer(student_path, "student.path")
+    widths = vocabulary_width(student_path, "student.path"), vocabulary_width(teacher_path, "teacher.path")
+    return tokenizer, shared_vocabulary(tokenizer, load_tokenizer(teacher_path, "teacher.path"), widths)

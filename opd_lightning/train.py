@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import resource
-import sys
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -29,12 +27,11 @@ from opd_lightning.commands import (
     refuse_unknown_keys,
     refused,
 )
-from opd_lightning.diagnostics.responses import ResponseMetrics
 from opd_lightning.errors import ConfigError, require
 from opd_lightning.export import save_student
 from opd_lightning.lora import Lora
 from opd_lightning.objective import Objective
-from opd_lightning.protocols import Follows
+from opd_lightning.reporting import closing, log_settings, plan, summarise, teacher_accuracy
 
 log = logging.getLogger(__name__)
 
@@ -166,35 +163,6 @@ def trainer_from(config: DictConfig, history: EvaluationHistory, folder: Path) -
     )
 
 
-def plan(config: DictConfig, run: Run, folder: Path) -> str:
-    """Return what the run will do, in a few lines."""
-    student, teacher = run.module.student, run.teacher.scorer
-    millions = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (student, teacher)]
-    collector, rollout, trainer = config.collector, config.rollout, config.trainer
-    responses = collector.prompts_per_collection * run.data.collector.rollout.samples
-    changes = "follows the student" if isinstance(run.teacher, Follows) else "frozen"
-    parts = [config.estimator, config.support, config.reduction]
-    names = " + ".join(str(part._target_).rsplit(".", 1)[-1] for part in parts)
-    return "\n".join(
-        [
-            f"student   {config.student.path} ({millions[0]:.2f} M parameters)",
-            f"teacher   {config.teacher.path} ({millions[1]:.2f} M parameters, {changes})",
-            f"objective {names}",
-            f"plan      {trainer.max_steps} optimizer steps, {collector.steps_per_collection} on each collection of "
-            f"{responses} responses of at most {_number(rollout.max_new_tokens)} tokens",
-            f"folder    {folder}  (tensorboard --logdir {folder})",
-        ]
-    )
-
-
-def _number(value: Any) -> str:
-    """Return a number, or what a schedule goes through, for people."""
-    if not isinstance(value, DictConfig):
-        return str(value)
-    steps = ", ".join(f"{name!s} {inner}" for name, inner in value.items() if name != "_target_")
-    return f"{str(value._target_).rsplit('.', 1)[-1].lower()}({steps})"
-
-
 def train(config: DictConfig, folder: Path, overrides: list[str]) -> dict[str, Any]:
     """Run everything and return the summary.
 
@@ -233,113 +201,6 @@ def train(config: DictConfig, folder: Path, overrides: list[str]) -> dict[str, A
         (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         print(closing(summary, folder), flush=True)
     return summary
-
-
-def log_settings(
-    trainer: L.Trainer, config: DictConfig, overrides: list[str], before: dict[str, float]
-) -> None:
-    """Give the loggers the configuration; TensorBoard shows what tells runs apart beside their accuracy."""
-    accuracies = {name: value for name, value in before.items() if "accuracy" in name}
-    for logger in trainer.loggers:
-        if isinstance(logger, L.pytorch.loggers.TensorBoardLogger):
-            # The metrics are written at step 0; later values of the same names then fill the table.
-            logger.log_hyperparams(method_settings(config, overrides), accuracies or {"train/tokens": 0.0})
-        else:
-            logger.log_hyperparams(plain(config) | {"overrides": " ".join(overrides)})
-
-
-def method_settings(config: DictConfig, overrides: list[str]) -> dict[str, Any]:
-    """Return the settings of the method as flat names, each part by its class, overrides first in the table."""
-    settings: dict[str, Any] = {"Overrides": " ".join(overrides) or "none", "seed": config.seed}
-    values = plain(config)
-    for group in (
-        "estimator",
-        "support",
-        "rollout",
-        "reduction",
-        "mask",
-        "regularizer",
-        "optimizer",
-        "scheduler",
-    ):
-        for name, value in _flat(group, values.get(group) or {}).items():
-            if name.endswith("_target_"):
-                settings[name.removesuffix("/_target_")] = str(value).rsplit(".", 1)[-1]
-            elif not name.endswith("_partial_"):
-                settings[name] = value if isinstance(value, int | float | str | bool) else str(value)
-    chosen = ("prompts_per_collection", "steps_per_collection")
-    settings |= {f"collector/{name}": values["collector"][name] for name in chosen}
-    settings |= {f"{model}/path": values[model]["path"] for model in ("student", "teacher")}
-    return settings | {"trainer/max_steps": values["trainer"]["max_steps"]}
-
-
-def _flat(prefix: str, value: dict[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, inner in value.items():
-        flat |= _flat(f"{prefix}/{name}", inner) if isinstance(inner, dict) else {f"{prefix}/{name}": inner}
-    return flat
-
-
-def teacher_accuracy(run: Run) -> float | None:
-    """Return the share of held-out problems that the teacher answers rightly, greedily, on this process."""
-    data = run.data
-    if data.validation is None:
-        return None
-    if run.teacher.view is not None:
-        log.info("teacher_accuracy is left out: without its context the teacher is a student")
-        return None
-    metric = ResponseMetrics(sync_on_compute=False)
-    sampling, samples = data.evaluation.modes()[0]
-    count = min(data.evaluation.problems or len(data.validation), len(data.validation))
-    scorer = run.teacher.scorer
-    for graded in data.collector.evaluate(
-        scorer, data.validation, range(count), sampling, samples, data.evaluation.batch
-    ):
-        metric.update(graded)
-    accuracy = metric.compute().get("accuracy")
-    return None if accuracy is None else float(accuracy)
-
-
-def summarise(
-    run: Run, trainer: L.Trainer, history: EvaluationHistory, teacher: float | None
-) -> dict[str, Any]:
-    """Return the numbers of a finished run."""
-    before, after = history.at.get(0, {}), history.at.get(trainer.global_step, {})
-    clock = run.data.collector.clock
-    scale = 1024 if sys.platform != "darwin" else 1024**2
-    return {
-        "accuracy_before": before.get("eval/accuracy"),
-        "accuracy_after": after.get("eval/accuracy"),
-        "accuracy_before_sampled": before.get("eval/accuracy_sampled"),
-        "accuracy_after_sampled": after.get("eval/accuracy_sampled"),
-        "teacher_accuracy": teacher,
-        "evaluations": {str(step): metrics for step, metrics in sorted(history.at.items())},
-        "optimizer_steps": trainer.global_step,
-        "response_tokens": clock.tokens["generate"],
-        "tokens_per_second": {k: round(v, 1) for k, v in clock.tokens_per_second().items()},
-        "seconds_by_phase": {k: round(v, 2) for k, v in clock.seconds.items()},
-        "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale, 1),
-    }
-
-
-def closing(summary: dict[str, Any], folder: Path) -> str:
-    """Return the last lines that a run prints."""
-    lines = []
-    if summary["accuracy_before"] is not None and summary["accuracy_after"] is not None:
-        lines.append(
-            f"greedy accuracy {summary['accuracy_before']:.1%} -> {summary['accuracy_after']:.1%}"
-            + (
-                f" (teacher {summary['teacher_accuracy']:.1%})"
-                if summary["teacher_accuracy"] is not None
-                else ""
-            )
-        )
-    rates = ", ".join(f"{k} {v:.0f}" for k, v in summary["tokens_per_second"].items())
-    lines.append(
-        f"{summary['seconds']:.0f} s, {summary['response_tokens']} response tokens; tokens/s: {rates}"
-    )
-    lines.append(f"student, summary.json, metrics.csv and events are in {folder}")
-    return "\n".join(lines)
 
 
 @command("train")
