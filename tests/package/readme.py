@@ -100,6 +100,11 @@ def blocks(text: str = TEXT) -> list[Block]:
     return found
 
 
+def links(text: str) -> list[str]:
+    """Return the targets of a page's relative links, without what follows a #."""
+    return re.findall(r"\]\((?!https?://|#)([^)#]+)(?:#[^)]*)?\)", text)
+
+
 def commands(kind: str) -> list[Command]:
     """Return the commands of every shell block of a class; entering the environment is not one."""
     lines = [
