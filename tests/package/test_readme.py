@@ -17,7 +17,17 @@ from opd_lightning.assemble import CollectorSettings
 from opd_lightning.commands import build, plain, refuse_unknown_keys
 from opd_lightning.paths import CONF_DIR
 from opd_lightning.train import KEYS, objective_from
-from package.readme import ROOT, TEXT, blocks, commands, python_program, run_program, substituted, write_files
+from package.readme import (
+    ROOT,
+    TEXT,
+    blocks,
+    commands,
+    links,
+    python_program,
+    run_program,
+    substituted,
+    write_files,
+)
 
 
 def ids(command):
@@ -83,7 +93,9 @@ def test_run(command, finished):
     elif command.module == "opd_lightning.choose_horizon":
         (found,) = done.folder.glob("runs/**/horizon.json")
         (said,) = re.findall(r"`N = (\d+)`", TEXT)
-        assert abs(json.loads(found.read_text())["horizon"] - int(said)) <= 8  # rounding differs among machines
+        assert (
+            abs(json.loads(found.read_text())["horizon"] - int(said)) <= 8
+        )  # rounding differs among machines
     else:
         (found,) = done.folder.glob("runs/**/evaluation.json")
         assert 0 <= json.loads(found.read_text())["metrics"]["all"]["accuracy"] <= 1
@@ -228,7 +240,7 @@ def test_every_option_is_in_the_table():
 
 
 def test_every_link_leads_somewhere():
-    for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", TEXT):
+    for target in links(TEXT):
         assert (ROOT / target).exists(), target
 
 
