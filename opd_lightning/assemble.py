@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Literal
 
 from torch import nn
 from torch.optim import Optimizer
@@ -14,7 +14,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from opd_lightning.collector import Collector, check_sizes
 from opd_lightning.data import Evaluation, OnPolicyData
 from opd_lightning.errors import ConfigError, require
-from opd_lightning.loading import FrozenScorer, Loading, Reference
+from opd_lightning.loading import FrozenScorer, Loading, Reference, TeacherSource
 from opd_lightning.lora import Lora
 from opd_lightning.models import check_dtype, load_model, pair_vocabulary, stop_ids
 from opd_lightning.module import OnPolicyDistillation
@@ -26,24 +26,6 @@ from opd_lightning.schedule import within
 from opd_lightning.scorer import Scorer, check_head
 from opd_lightning.types import Origin, Problem
 from opd_lightning.writing import writers_for
-
-
-class TeacherSource(Protocol):
-    """What names a teacher and loads it."""
-
-    @property
-    def path(self) -> str:
-        """Where its tokenizer lies."""
-        ...
-
-    @property
-    def dtype(self) -> str:
-        """Torch dtype of its weights."""
-        ...
-
-    def load(self, loading: Loading) -> FrozenScorer:
-        """Return the teacher."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)

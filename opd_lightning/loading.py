@@ -105,6 +105,25 @@ class Loading:
 
 
 @runtime_checkable
+class TeacherSource(Protocol):
+    """What names a teacher and loads it."""
+
+    @property
+    def path(self) -> str:
+        """Where its tokenizer lies."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """Torch dtype of its weights."""
+        ...
+
+    def load(self, loading: Loading) -> FrozenScorer:
+        """Return the teacher."""
+        ...
+
+
+@runtime_checkable
 class Reference(Protocol):
     """Where the reference policy comes from."""
 

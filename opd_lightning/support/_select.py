@@ -1,8 +1,9 @@
-"""What the supports share: their one number, and cutting a model's top ids to it."""
+"""What the supports share: their one number, cutting top ids to it, and the taken token behind them."""
 
 from __future__ import annotations
 
-from jaxtyping import Int
+import torch
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from opd_lightning.errors import require
@@ -19,3 +20,12 @@ def first(top_ids: Int[Tensor, "batch time top"] | None, k: int, model: str) -> 
     if top_ids is None:
         raise ValueError(f"the {model}'s top ids were declared as needed and not collected")
     return top_ids[..., :k]
+
+
+def with_taken(
+    top: Int[Tensor, "batch time k"], taken: Int[Tensor, "batch time"]
+) -> tuple[Int[Tensor, "batch time k+1"], Bool[Tensor, "batch time k+1"]]:
+    """Return ``top`` and the taken id behind it, which is valid only where it is new."""
+    taken = taken.unsqueeze(-1)
+    new = (top != taken).all(-1, keepdim=True)
+    return torch.cat([top, taken], dim=-1), torch.cat([torch.ones_like(top, dtype=torch.bool), new], dim=-1)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from opd_lightning.support._select import first, require_k
+from opd_lightning.support._select import first, require_k, with_taken
 from opd_lightning.types import Candidates, Needs
 
 
@@ -41,8 +40,4 @@ class Augmented:
         self, candidates: Candidates
     ) -> tuple[Int[Tensor, "batch time k"], Bool[Tensor, "batch time k"]]:
         """Return the ids; the last column is the taken token, valid only if it is new."""
-        top = first(candidates.teacher_top, self.k, "teacher")
-        taken = candidates.taken.unsqueeze(-1)
-        new = (top != taken).all(-1, keepdim=True)
-        valid = torch.cat([torch.ones_like(top, dtype=torch.bool), new], dim=-1)
-        return torch.cat([top, taken], dim=-1), valid
+        return with_taken(first(candidates.teacher_top, self.k, "teacher"), candidates.taken)
