@@ -17,6 +17,7 @@ from opd_lightning.functional.candidates import (
     candidate_weights,
 )
 from opd_lightning.functional.masked import masked_fill
+from opd_lightning.functional.ratio import log_ratio
 from opd_lightning.types import Experience, FullTerm, Needs, Scores, TokenLoss, Want
 
 
@@ -70,6 +71,6 @@ class PerCandidate:
         valid = experience.support_valid & sampled.unsqueeze(-1)
         value = candidate_loss(student, teacher, valid, self.weight)
         weights = candidate_weights(student, teacher, valid, self.weight)
-        ratio = torch.where(valid, teacher - student, 0.0).detach()
+        ratio = torch.where(valid, log_ratio(student, teacher), 0.0).detach()
         metrics = {"log_ratio": (weights * ratio).sum(-1)}
         return TokenLoss(value=value, weight=sampled.to(value.dtype), metrics=metrics)

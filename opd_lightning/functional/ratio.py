@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from opd_lightning.functional.divergence import LOG_ZERO
+
 LOG_RATIO_LIMIT = 20.0
 """Log-ratios are bounded by this before exp: e^20 = 4.9e8 is far beyond any useful ratio and far from inf."""
 
@@ -15,10 +17,12 @@ def log_ratio(
 ) -> Float[Tensor, "*shape"]:
     """Return r = log T(y) - log S(y), the reward of on-policy distillation, in at least float32.
 
-    Under y ~ S its mean is -KL(S||T). It is positive where the teacher likes the token more.
+    Under y ~ S its mean is -KL(S||T). It is positive where the teacher likes the token more. The log of a
+    probability of 0 counts as ``LOG_ZERO``, as in the divergences, so that a token that one model excludes has a
+    large log-ratio and not an infinite one.
     """
     dtype = torch.promote_types(torch.promote_types(student_logp.dtype, teacher_logp.dtype), torch.float32)
-    return teacher_logp.to(dtype) - student_logp.to(dtype)
+    return teacher_logp.to(dtype).clamp(min=LOG_ZERO) - student_logp.to(dtype).clamp(min=LOG_ZERO)
 
 
 def importance_weight(
