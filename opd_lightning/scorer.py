@@ -181,19 +181,27 @@ def _logit_scale(config: object) -> float:
 
 @torch.no_grad()
 def check_head(scorer: Scorer, path: str) -> None:
-    """Refuse a model whose logits are not ``head(last hidden state)``, before anything trains on them.
+    """Refuse a model whose own logits are not what the scorer reads, before anything trains on them.
+
+    The scorer's whole way is compared, positions included: a response behind a padded prompt, and the logits
+    at t - 1 for the token at t.
 
     Raises:
         ConfigError: its architecture does something at the head that :class:`Scorer` does not know.
     """
-    device = scorer.device
-    ids = torch.arange(1, 5, device=device).unsqueeze(0) % scorer.vocab
-    logits = scorer.model(input_ids=ids, use_cache=False).logits[0, :, : scorer.vocab].float()
-    hidden = scorer.model.base_model(input_ids=ids, use_cache=False)[0][0]
+    row = torch.arange(1, 9, device=scorer.device) % scorer.vocab
+    prompt = torch.cat([row.new_zeros(2), row[:3]]).unsqueeze(0)
+    exists = torch.arange(len(prompt[0]), device=row.device).unsqueeze(0) >= 2
+    response = row[3:].unsqueeze(0)
+    tokens = TokenBatch(
+        prompt_ids=prompt, prompt_mask=exists, ids=response, mask=torch.ones_like(response, dtype=torch.bool)
+    )
+    logits = scorer.model(input_ids=row.unsqueeze(0), use_cache=False).logits[:, 2:-1, : scorer.vocab].float()
     exact, ids = torch.log_softmax(logits / scorer.temperature, -1).topk(min(16, scorer.vocab), -1)
-    ours, _ = heads.exact(hidden, scorer.head, ids, entropy=False, chunk=scorer.chunk)
+    ours = scorer(tokens, Want(support="exact"), ids).support_logp
+    assert ours is not None
     gap = (ours - exact).abs().max().item()
-    tolerance = 1e-3 if hidden.dtype == torch.float32 else 0.3
+    tolerance = 1e-3 if next(scorer.parameters()).dtype == torch.float32 else 0.3
     if gap > tolerance:
         raise ConfigError(
             f"the head of {path!r} ({type(scorer.model).__name__}) gives log-probs that differ by {gap:.3g} from "

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from tiny import VOCAB, random_rollout, tiny_model
@@ -18,6 +16,7 @@ from transformers import (
 
 from opd_lightning.divergence.reverse_kl import ReverseKL
 from opd_lightning.errors import ConfigError
+from opd_lightning.loading import FrozenScorer
 from opd_lightning.scorer import Scorer, check_head
 from opd_lightning.types import FullTerm, Rollout, TokenBatch, Want
 
@@ -125,14 +124,27 @@ def test_a_shared_vocabulary_has_no_padding_ids():
     )
 
 
-def test_a_shift_of_the_teacher_by_one_position_is_seen():
-    """numerics 11.29: logits at t - 1 score token t."""
-    model, rollout = tiny_model(), random_rollout(4)
+@pytest.mark.parametrize("shift", [-1, 1])
+@pytest.mark.parametrize("name", ["qwen3", "gemma2"])
+def test_a_shift_by_one_position_fails_the_self_check(name, shift, monkeypatch):
+    """numerics 11.29: logits at t - 1 score token t; a scorer that reads its neighbour's starts no run."""
+    scorer = Scorer(family(name).eval())
+    check_head(scorer, "some/model")
+    original = Scorer._hidden
+    monkeypatch.setattr(Scorer, "_hidden", lambda self, tokens: original(self, tokens).roll(shift, 0))
+    with pytest.raises(ConfigError, match="differ by"):
+        check_head(scorer, "some/model")
+
+
+@pytest.mark.parametrize("shift", [-1, 1])
+def test_a_shift_of_the_scores_is_far_from_a_recompute(shift):
+    """numerics 11.29: the collected scores of a teacher, against its dense logits row by row."""
+    model, rollout = tiny_model(), random_rollout(8, time=12)
     with torch.no_grad():
-        right = Scorer(model)(rollout.tokens, Want(taken=True)).taken_logp
-        moved = replace(rollout, ids=torch.roll(rollout.ids, 1, -1))
-        wrong = Scorer(model)(moved.tokens, Want(taken=True)).taken_logp
-    assert (right - wrong)[rollout.mask].abs().mean() > 0.5
+        scores = FrozenScorer(Scorer(model))(rollout.tokens, Want(taken=True)).taken_logp
+        expected = dense(model, rollout).gather(-1, rollout.ids.unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(scores[rollout.mask], expected[rollout.mask], atol=2e-5, rtol=1e-5)
+    assert (scores.roll(shift, -1) - expected)[rollout.mask].abs().mean() > 0.5
 
 
 def test_a_head_that_does_something_unknown_is_refused():
