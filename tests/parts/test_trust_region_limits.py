@@ -13,6 +13,7 @@ from gated import (
     drawn,
     same,
     scored,
+    tables,
     unmoved,
     written,
 )
@@ -73,6 +74,33 @@ def test_gate_and_complement_are_one_draw(world, options):
     same(written(rejected)[sure], written(plain)[sure])
     close(mixed, written(expected))
     close(mixed, probability * written(plain) + (1 - probability) * written(rejected))
+
+
+@with_draws
+def test_gate_and_complement_share_out_the_tokens_of_one_draw(world, options):
+    """numerics 11.10: by the run's own draws each token is trusted or an outlier, one of them and never both."""
+    scores, experience = scored(world)
+    part = TrustRegion(**options)
+    experience = replace(experience, extras=part.prepare(experience, Processes()))
+    loss, plain = applied(part, scores, experience), TOKEN(scores, experience, 0.0)
+    outlier = applied(part, scores, drawn(experience, 1 - 2**-24))  # every token that may be rejected is
+    trusted = loss.metrics["accept"] == 1
+    same(trusted | (loss.metrics["accept"] == 0), torch.ones_like(trusted))
+    assert 0 < (trusted & world.mask).sum() < world.mask.sum()
+    same(written(loss)[world.mask], torch.where(trusted, written(plain), written(outlier))[world.mask])
+
+
+def test_a_gated_value_of_the_position_keeps_the_mass_of_trust(world):
+    """numerics 11.10: E[M value] = P_trust value, with P_trust = sum_v min(S, T)."""
+    value = torch.linspace(1.0, 2.0, len(world.prefixes), dtype=torch.float64)
+    scores, experience = scored(world)
+    ones = torch.ones(world.ids.shape, dtype=torch.float64)
+    loss = TokenLoss(value=value[world.rows], weight=ones)
+    loss = TrustRegion(outlier="mask", gate="expected")(loss, scores, experience, 0.0)
+    weight = world.probability.detach().unsqueeze(-1) * world.mask
+    got = torch.zeros_like(value).index_add(0, world.rows.flatten(), (weight * written(loss)).flatten())
+    s, t, _, visits = tables(world)
+    close(got, visits.squeeze(-1) * torch.minimum(s, t).sum(-1) * value)
 
 
 # -- clip
