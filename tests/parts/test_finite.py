@@ -3,60 +3,25 @@
 from dataclasses import replace
 from math import inf
 
+import everything
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from tabular import World as Tables
-from tabular import stale, with_reference
 
-from opd_lightning.paths import CONF_DIR
-from opd_lightning.support.teacher import TeacherTopK
-from opd_lightning.train import objective_from
-from opd_lightning.types import Origin
 from opd_lightning.world import World
 
-NAMES = {
-    g: sorted(f.stem for f in (CONF_DIR / g).glob("*.yaml")) for g in ("estimator", "reward", "regularizer")
-}
-PARTS = [
-    *([f"estimator={name}"] for name in NAMES["estimator"]),
-    *(["estimator=token", f"reward={name}"] for name in NAMES["reward"]),
-    *(["estimator=token", f"regularizer=[{name}]"] for name in NAMES["regularizer"]),
-]
-every = pytest.mark.parametrize("part", PARTS, ids=lambda part: part[-1])
+every = pytest.mark.parametrize("part", [part[-1] for part in everything.LOSSES])
 VOCAB = 4
 
 
 @pytest.fixture(scope="module")
 def composed():
-    """The objective of each part, as the command composes it."""
-    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        return {p[-1]: objective_from(compose("train", [*p, "support=teacher"])) for p in PARTS}
+    return everything.composed(everything.LOSSES)
 
 
 @pytest.fixture
 def tables():
     return Tables(VOCAB, 3)
-
-
-def seen(tables, k=3):
-    """Scores and experience that hold all that a part reads on the teacher's top k; every origin is there."""
-    table = stale(tables, seed=3)
-    table[table <= -1e5] = 0.0
-    scores, experience = with_reference(tables, table, TeacherTopK(k=k))
-    origin = tables.rollout.origin.clone()
-    origin[::3, 0], origin[1::3, 0] = Origin.TEACHER, Origin.DATA
-    collected, entropy = (
-        tables.taken(table.log_softmax(-1)),
-        torch.ones(tables.ids.shape, dtype=torch.float64),
-    )
-    return scores, replace(
-        experience,
-        rollout=replace(tables.rollout, origin=origin, behavior_logp=collected - 0.1),
-        collected_logp=collected,
-        collected_entropy=entropy,
-        teacher_entropy=entropy,
-    )
 
 
 def step(tables, objective, scores, experience):
@@ -82,7 +47,7 @@ def test_models_that_exclude_ids(tables, composed, part, k, who):
         shut = torch.where(torch.arange(VOCAB) == 2, -1e6, 0.0)
         tables.theta = (tables.theta + shut).detach().requires_grad_()
         assert (tables.student_logp.exp()[:, 2] == 0).all()
-    step(tables, composed[part[-1]], *seen(tables, k))
+    step(tables, composed[part], *everything.seen(tables, composed[part], k))
 
 
 # numerics 11.24
@@ -91,8 +56,8 @@ def test_models_that_exclude_ids(tables, composed, part, k, who):
 @pytest.mark.parametrize("all_of_them", [False, True])
 def test_rows_without_a_token_in_the_loss(tables, composed, part, what, all_of_them):
     """They change nothing beside others, though they hold what is not finite, and are 0 with a graph alone."""
-    objective = composed[part[-1]]
-    scores, experience = seen(tables)
+    objective = composed[part]
+    scores, experience = everything.seen(tables, objective)
     out = (
         torch.ones(len(tables.ids), dtype=torch.bool)
         if all_of_them
@@ -112,7 +77,10 @@ def test_rows_without_a_token_in_the_loss(tables, composed, part, what, all_of_t
         assert not gradient.any()
         return
     expected, wanted = step(
-        tables, objective, seen(tables)[0].rows(~out), rows.rows((~out).nonzero().flatten())
+        tables,
+        objective,
+        everything.seen(tables, objective)[0].rows(~out),
+        rows.rows((~out).nonzero().flatten()),
     )
     assert value == pytest.approx(expected, rel=1e-9, abs=1e-12)
     torch.testing.assert_close(gradient, wanted, atol=1e-9, rtol=1e-9)
