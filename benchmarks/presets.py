@@ -26,6 +26,7 @@ COMMON = (
     "evaluation.every_steps=null",
     "scheduler.warmup_steps=10",
 )
+SAME = ("local_support_matching_v1",)  # as local_support_matching, to the last value
 CONTROLS = ("sft_fresh", "sft_pool", "self_train")
 SCORE_RATE = "optimizer.lr=5e-4"  # score-function estimators leave the ground at the others' 1e-3
 
@@ -41,7 +42,7 @@ def overrides(name: str) -> tuple[str, ...]:
 def main() -> None:
     """Run, print and write the table."""
     known = sorted(path.stem for path in (CONF_DIR / "experiment").glob("*.yaml"))
-    names = sys.argv[1:] or [*(n for n in known if n not in CONTROLS), *CONTROLS]
+    names = sys.argv[1:] or [*(n for n in known if n not in (*CONTROLS, *SAME)), *CONTROLS]
     jobs = [Job(name, seed, overrides(name)) for seed in SEEDS for name in names]
     store = Path(RESULTS) / f"{date.today()}_presets.jsonl"
     groups = by_name(run_all(jobs, store, processes=int(os.environ.get("PROCESSES", "2"))))
