@@ -238,6 +238,7 @@ _NO_ANSWER = Graded(
     lengths=torch.zeros(0, dtype=torch.long),
     truncated=torch.zeros(0, dtype=torch.bool),
     repetition=torch.zeros(0),
+    repetitive=torch.zeros(0, dtype=torch.bool),
     group=torch.zeros(0, dtype=torch.long),
     difficulty=(),
     prompts=(),

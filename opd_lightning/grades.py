@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from opd_lightning.functional.text import repeated_share
+from opd_lightning.functional.text import repeated_share, repetitive
 from opd_lightning.protocols import Engine, Task
 from opd_lightning.types import Finish, Graded, PromptBatch, Sampling
 
@@ -49,6 +49,7 @@ def grade(
         lengths=mask.sum(-1).cpu(),
         truncated=truncated.cpu(),
         repetition=torch.tensor([repeated_share(row) for row in rows], dtype=torch.float32),
+        repetitive=torch.tensor([repetitive(text) for text in texts], dtype=torch.bool),
         group=torch.tensor([p.index for p in prompts.problems]),
         difficulty=tuple(p.difficulty for p in prompts.problems),
         prompts=tuple(str(p.messages[-1]["content"]) for p in prompts.problems),

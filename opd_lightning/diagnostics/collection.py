@@ -44,6 +44,7 @@ def describe(
         "rollout/length": _over(graded.lengths),
         "rollout/truncation": _over(graded.truncated),
         "rollout/repetition": _over(graded.repetition),
+        "rollout/repetitive": _over(graded.repetitive),
         "rollout/eos": _over(rollout.finish == Finish.EOS),
         "rollout/accuracy": _over(graded.correct[has_answer]),
         "rollout/behavior_logp": _over(rollout.behavior_logp[mask]),

@@ -25,8 +25,9 @@ class ResponseMetrics(Metric):
     """Accumulates graded responses.
 
     ``compute`` returns ``accuracy`` (the mean over responses, avg@k with k samples a problem), ``length``
-    in tokens, ``truncation`` (share cut by the budget), ``repetition`` (share of repeated 8-grams), and for
-    k > 1 samples ``pass@k``; problems without an answer count for length, truncation and repetition only.
+    in tokens, ``truncation`` (share cut by the budget), ``repetition`` (share of repeated 8-grams), ``repetitive``
+    (share of texts that end in a loop, StableOPD's RepRate), and for k > 1 samples ``pass@k``; problems without
+    an answer count for all but accuracy and ``pass@k``.
     """
 
     full_state_update = False
@@ -35,11 +36,12 @@ class ResponseMetrics(Metric):
     lengths: list[Tensor]
     truncated: list[Tensor]
     repetition: list[Tensor]
+    repetitive: list[Tensor]
     group: list[Tensor]
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        for name in ("correct", "lengths", "truncated", "repetition", "group"):
+        for name in ("correct", "lengths", "truncated", "repetition", "repetitive", "group"):
             self.add_state(name, default=[], dist_reduce_fx="cat")
 
     def update(self, graded: Graded) -> None:
@@ -48,6 +50,7 @@ class ResponseMetrics(Metric):
         self.lengths.append(graded.lengths.float().to(self.device))
         self.truncated.append(graded.truncated.float().to(self.device))
         self.repetition.append(graded.repetition.to(self.device))
+        self.repetitive.append(graded.repetitive.float().to(self.device))
         self.group.append(graded.group.to(self.device))
 
     @property
@@ -58,7 +61,12 @@ class ResponseMetrics(Metric):
     def compute(self) -> dict[str, Tensor]:
         """Return the metrics over everything added, on all ranks."""
         correct, group = _joined(self.correct), _joined(self.group)
-        means = {"length": self.lengths, "truncation": self.truncated, "repetition": self.repetition}
+        means = {
+            "length": self.lengths,
+            "truncation": self.truncated,
+            "repetition": self.repetition,
+            "repetitive": self.repetitive,
+        }
         values = {name: _joined(parts).mean() for name, parts in means.items()}
         known = correct.isfinite()
         if known.any():

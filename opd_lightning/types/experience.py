@@ -82,13 +82,15 @@ class Graded(TensorValue):
     """Responses with their grades, for evaluation. ``correct`` is 1, 0, or nan without an answer.
 
     A truncated response is wrong. ``group`` numbers the problem within its split. ``repetition`` is the share
-    of a response's 8-grams of tokens that occurred before in it.
+    of a response's 8-grams of tokens that occurred before in it, ``repetitive`` whether its text ends in a loop
+    (StableOPD's rep(y)).
     """
 
     correct: Float[Tensor, " batch"]
     lengths: Int[Tensor, " batch"]
     truncated: Bool[Tensor, " batch"]
     repetition: Float[Tensor, " batch"]
+    repetitive: Bool[Tensor, " batch"]
     group: Int[Tensor, " batch"]
     difficulty: tuple[str | None, ...]
     prompts: tuple[str, ...]

@@ -47,6 +47,7 @@ def by_hand(problems, samples):
         "length": mean(mean(lengths) for _, _, lengths, *_ in problems),
         "truncation": mean(mean(cut) for *_, cut, _ in problems),
         "repetition": mean(mean(shares) for *_, shares in problems),
+        "repetitive": 0.0,  # none is 10,000 characters long
     }
     numbers["pass@1"] = numbers[f"avg@{samples}"] = numbers["accuracy"]
     for k in range(2, samples + 1):
@@ -81,9 +82,9 @@ def test_json_and_table(samples, temperature, tmp_path):
     header, *rows = [
         re.split(r"[│┃]", line)[1:-1] for line in done.out.splitlines() if line[:1] in ("│", "┃")
     ]
-    names = [f"pass@1 (avg@{samples})", "length", "truncation", "repetition"]
-    assert [cell.strip() for cell in header][2:6] == names
-    assert [cell.strip() for cell in header][6:] == [
+    names = [f"pass@1 (avg@{samples})", "length", "truncation", "repetition", "repetitive"]
+    assert [cell.strip() for cell in header][2:7] == names
+    assert [cell.strip() for cell in header][7:] == [
         f"pass@{k}" for k in range(2, samples + 1) if k in (2, 4, samples)
     ]
     assert [row[0].strip() for row in rows] == list(metrics)
