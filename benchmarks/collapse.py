@@ -1,6 +1,6 @@
 """Failure on purpose: sampled-token OPD that collapses, and what keeps it from collapsing.
 
-python benchmarks/collapse.py            # two settings x five remedies x three seeds, with curves
+python benchmarks/collapse.py            # three settings x seven remedies x three seeds, with curves
 python benchmarks/collapse.py inflation  # settings in which length might grow gradually
 """
 
@@ -25,6 +25,7 @@ COMMON = (
 SETTINGS = {
     "gamma 1": ("estimator=discounted", "estimator.gamma=1", "optimizer.lr=5e-4"),
     "lr 4e-3": ("estimator=token", "optimizer.lr=4e-3"),
+    "lr 2e-3": ("estimator=token", "optimizer.lr=2e-3"),
 }
 REFERENCE = "regularizer.reference_kl.coefficient=1.0"
 GOLD = (
@@ -32,11 +33,14 @@ GOLD = (
     *("collector.prompts_per_collection=16", "reduction.per_origin=true"),
     *("regularizer.imitation.origins=[data]", "regularizer.imitation.coefficient=1.0"),
 )
+GOLD_4 = (*GOLD, "regularizer.imitation.coefficient=4.0")
 REMEDIES = {
     "none": (),
     "stable_opd": ("regularizer=[reference_kl,imitation]", REFERENCE, *GOLD),
     "reference KL alone": ("regularizer=[reference_kl]", REFERENCE),
     "gold alone": ("regularizer=[imitation]", *GOLD),
+    "stable_opd, gold 4": ("regularizer=[reference_kl,imitation]", REFERENCE, *GOLD_4),
+    "gold 4 alone": ("regularizer=[imitation]", *GOLD_4),
     "whitening alone": ("estimator.normalise=whiten",),
 }
 # Where length might grow slowly: twice the budget, a small step, a return with some discount.
@@ -129,7 +133,7 @@ def main() -> None:
     groups = {name: by_name(found)[name] for name in kinds}
     picture(groups, RESULTS / f"{stem}.png")
     command = " ".join(["python benchmarks/collapse.py", *sys.argv[1:]])
-    text = "\n".join([about(command), "", *table(groups), "", f"![curves]({stem}.png)"]) + "\n"
+    text = "\n".join([about(command, found), "", *table(groups), "", f"![curves]({stem}.png)"]) + "\n"
     (RESULTS / f"{stem}_table.md").write_text(text)
     print(text)
 

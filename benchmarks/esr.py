@@ -1,19 +1,21 @@
 """Does stopping early pay? Cost per step and accuracy against N, fixed and growing, up to the full rollout.
 
-python benchmarks/esr.py
+python benchmarks/esr.py              # the built-in task
+python benchmarks/esr.py long         # its longest problems, on which an untrained student drifts further
+SEEDS=0,1,2 python benchmarks/esr.py  # more than one seed
 """
 
 from __future__ import annotations
 
 import os
+import sys
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
 from runs import RESULTS, Job, Result, about, by_name, mean_of, run_all
 
-FULL = 128
 STEPS = 120
-FIXED = (16, 32, 48, 64, 96)
 COMMON = (
     *("task.seed=2026", "scheduler.warmup_steps=10", "estimator=topk", "support=teacher"),
     *(
@@ -23,29 +25,49 @@ COMMON = (
         "rollout.top_p=1.0",
     ),
 )
-LINEAR = "{_target_: opd_lightning.schedule.Linear, start: 16, end: 128}"
-STEP = "{_target_: opd_lightning.schedule.Step, before: 48, after: 128, at: 0.5}"
 
 
-def kinds() -> dict[str, tuple[str, ...]]:
-    """Return the runs: equal steps first, then as many steps as the full rollout's cost buys."""
-    fixed = {f"N={n}": ("rollout=esr", f"rollout.max_new_tokens={n}") for n in FIXED}
-    growing = {
-        "N grows 16 to 128": ("rollout=esr", f"rollout.max_new_tokens={LINEAR}"),
-        "N 48, then 128": ("rollout=esr", f"rollout.max_new_tokens={STEP}"),
-        "loss grows, generation full": (
-            *("rollout=esr_progressive", f"rollout.max_new_tokens={FULL}", f"rollout.loss_horizon={LINEAR}"),
-        ),
-    }
-    full = {f"full ({FULL})": ("rollout=top_p", f"rollout.max_new_tokens={FULL}")}
-    return fixed | growing | full
+@dataclass(frozen=True)
+class Setting:
+    """A task, its full length in tokens, the fixed N to try and the N of a jump at half the run."""
+
+    full: int
+    fixed: tuple[int, ...]
+    first: int
+    task: tuple[str, ...] = ()
+
+    def kinds(self) -> dict[str, tuple[str, ...]]:
+        """Return the runs: N fixed, N growing, and the full rollout as the last point."""
+        linear = f"{{_target_: opd_lightning.schedule.Linear, start: 16, end: {self.full}}}"
+        step = f"{{_target_: opd_lightning.schedule.Step, before: {self.first}, after: {self.full}, at: 0.5}}"
+        fixed = {f"N={n}": ("rollout=esr", f"rollout.max_new_tokens={n}") for n in self.fixed}
+        whole = f"rollout.max_new_tokens={self.full}"
+        return fixed | {
+            f"N grows 16 to {self.full}": ("rollout=esr", f"rollout.max_new_tokens={linear}"),
+            f"N {self.first}, then {self.full}": ("rollout=esr", f"rollout.max_new_tokens={step}"),
+            "loss grows, generation full": (
+                *("rollout=esr_progressive", whole, f"rollout.loss_horizon={linear}"),
+            ),
+            f"full ({self.full})": ("rollout=top_p", whole),
+        }
 
 
-def equal_cost(found: dict[str, list[Result]]) -> dict[str, tuple[str, ...]]:
+SETTINGS = {
+    "": Setting(full=128, fixed=(16, 32, 48, 64, 96), first=48),
+    "long": Setting(
+        full=192,
+        fixed=(64, 96, 128),
+        first=96,
+        task=("task.min_steps=6", "task.max_steps=8", "evaluation.settings.max_new_tokens=192"),
+    ),
+}
+
+
+def equal_cost(setting: Setting, found: dict[str, list[Result]]) -> dict[str, tuple[str, ...]]:
     """Return the runs again, with the steps that the full rollout's training seconds would buy each."""
-    budget = training_seconds(found[f"full ({FULL})"])
+    budget = training_seconds(found[f"full ({setting.full})"])
     again = {}
-    for name, extra in kinds().items():
+    for name, extra in setting.kinds().items():
         steps = round(STEPS * budget / training_seconds(found[name]) / 4) * 4
         if steps > STEPS * 1.1:
             again[f"{name}, {steps} steps"] = (*extra, f"trainer.max_steps={steps}")
@@ -95,15 +117,26 @@ def picture(groups: dict[str, list[Result]], path: Path) -> None:
 
 def main() -> None:
     """Run, print, write the table and the picture."""
-    stem, processes = f"{date.today()}_esr", int(os.environ.get("PROCESSES", "1"))
-    store, seeds = RESULTS / f"{stem}.jsonl", (0, 1)
-    steps = (f"trainer.max_steps={STEPS}",)
-    jobs = [Job(name, s, (*COMMON, *extra, *steps)) for s in seeds for name, extra in kinds().items()]
+    mode = next((word for word in sys.argv[1:]), "")
+    setting, command = SETTINGS[mode], " ".join(["python benchmarks/esr.py", *sys.argv[1:]])
+    stem = "_".join(filter(None, [str(date.today()), "esr", mode]))
+    store, processes = RESULTS / f"{stem}.jsonl", int(os.environ.get("PROCESSES", "1"))
+    seeds = [int(seed) for seed in os.environ.get("SEEDS", "0").split(",")]
+    common, steps = (*COMMON, *setting.task), (f"trainer.max_steps={STEPS}",)
+    kinds = setting.kinds().items()
+    jobs = [Job(name, seed, (*common, *extra, *steps)) for seed in seeds for name, extra in kinds]
     equal = by_name(run_all(jobs, store, processes))
-    more = [Job(name, s, (*COMMON, *extra)) for s in seeds for name, extra in equal_cost(equal).items()]
+    again = equal_cost(setting, equal).items()
+    more = [Job(name, seed, (*common, *extra)) for seed in seeds for name, extra in again]
     cost = by_name(run_all(more, store, processes))
     picture(equal | cost, RESULTS / f"{stem}.png")
-    lines = [about("python benchmarks/esr.py"), "", "Equal steps:", "", *table(equal)]
+    lines = [
+        about(command, [r for found in (equal | cost).values() for r in found]),
+        "",
+        "Equal steps:",
+        "",
+        *table(equal),
+    ]
     lines += [
         "",
         "As many steps as the full rollout's seconds buy:",

@@ -45,13 +45,8 @@ def main() -> None:
     names = sys.argv[1:] or [*(n for n in known if n not in (*CONTROLS, *SAME)), *CONTROLS]
     jobs = [Job(name, seed, overrides(name)) for seed in SEEDS for name in names]
     store = Path(RESULTS) / f"{date.today()}_presets.jsonl"
-    groups = by_name(run_all(jobs, store, processes=int(os.environ.get("PROCESSES", "2"))))
-    text = (
-        "\n".join(
-            [f"# Presets on the built-in task, {date.today()}", "", about(command()), "", *table(groups)]
-        )
-        + "\n"
-    )
+    found = run_all(jobs, store, processes=int(os.environ.get("PROCESSES", "2")))
+    text = "\n".join([about(command(), found), "", *table(by_name(found))]) + "\n"
     (Path(RESULTS) / f"{date.today()}_presets_table.md").write_text(text)
     print(text)
 

@@ -16,8 +16,6 @@ from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 
-from opd_lightning.commands import git_commit
-
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -134,15 +132,16 @@ def mean_of(values: Sequence[float]) -> float:
     return statistics.fmean(finite) if finite else float("nan")
 
 
-def about(command: str) -> str:
-    """Return commit, machine and command in one sentence."""
+def about(command: str, results: Iterable[Result]) -> str:
+    """Return the command, the commits that the results were run at, and the machine in one sentence."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         name = platform.processor() or platform.machine()
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
+    commits = sorted({str(result.summary["git_commit"]) for result in results})
     return (
-        f"`{command}` at commit {git_commit()}, {date.today()}, on {name}, {os.cpu_count()} cores, one thread a run, "
-        f"Python {platform.python_version()}; load averages at the end {load}."
+        f"`{command}`, runs at commit {' and '.join(commits)}, {date.today()}, on {name}, {os.cpu_count()} cores, "
+        f"one thread a run, Python {platform.python_version()}; load averages at the end {load}."
     )
