@@ -16,6 +16,7 @@ from pathlib import Path
 from runs import RESULTS, Job, Result, about, by_name, mean_of, run_all
 
 STEPS = 120
+START = "4 steps"  # a run that hardly trains: what the others spend on all else
 COMMON = (
     *("task.seed=2026", "scheduler.warmup_steps=10", "estimator=topk", "support=teacher"),
     *(
@@ -36,6 +37,11 @@ class Setting:
     first: int
     task: tuple[str, ...] = ()
 
+    @property
+    def whole(self) -> str:
+        """The full rollout's name."""
+        return f"full ({self.full})"
+
     def kinds(self) -> dict[str, tuple[str, ...]]:
         """Return the runs: N fixed, N growing, and the full rollout as the last point."""
         linear = f"{{_target_: opd_lightning.schedule.Linear, start: 16, end: {self.full}}}"
@@ -48,12 +54,12 @@ class Setting:
             "loss grows, generation full": (
                 *("rollout=esr_progressive", whole, f"rollout.loss_horizon={linear}"),
             ),
-            f"full ({self.full})": ("rollout=top_p", whole),
+            self.whole: ("rollout=top_p", whole),
         }
 
 
 SETTINGS = {
-    "": Setting(full=128, fixed=(16, 32, 48, 64, 96), first=48),
+    "": Setting(full=128, fixed=(32, 48, 64, 96), first=48),
     "long": Setting(
         full=192,
         fixed=(64, 96, 128),
@@ -64,53 +70,69 @@ SETTINGS = {
 
 
 def equal_cost(setting: Setting, found: dict[str, list[Result]]) -> dict[str, tuple[str, ...]]:
-    """Return the runs again, with the steps that the full rollout's training seconds would buy each."""
-    budget = training_seconds(found[f"full ({setting.full})"])
+    """Return the runs again, with the steps that the full rollout's CPU seconds would buy each."""
+    budget = per_step(found[setting.whole], found[START])
     again = {}
     for name, extra in setting.kinds().items():
-        steps = round(STEPS * budget / training_seconds(found[name]) / 4) * 4
+        steps = round(STEPS * budget / per_step(found[name], found[START]) / 4) * 4
         if steps > STEPS * 1.1:
             again[f"{name}, {steps} steps"] = (*extra, f"trainer.max_steps={steps}")
     return again
 
 
-def training_seconds(found: list[Result]) -> float:
-    """Return the seconds of generation, scoring and training, without evaluation."""
-    phases = ("generate", "score", "train")
-    return mean_of([sum(r.summary["seconds_by_phase"].get(p, 0.0) for p in phases) for r in found])
+def per_step(found: list[Result], start: list[Result]) -> float:
+    """Return the CPU seconds of an optimizer step, generation and scoring included.
+
+    What a run takes less what one of a few steps takes, which is imports, loading and two evaluations.
+    """
+    seconds = mean_of([r.cpu_seconds for r in found]) - mean_of([r.cpu_seconds for r in start])
+    return seconds / (found[0].summary["optimizer_steps"] - start[0].summary["optimizer_steps"])
 
 
-def table(groups: dict[str, list[Result]]) -> list[str]:
+def table(groups: dict[str, list[Result]], start: list[Result]) -> list[str]:
     """Return a line per kind of run."""
     lines = [
-        "| N | steps | seconds a step | greedy, each seed | mean | response tokens |",
+        "| N | steps | CPU ms a step | greedy, each seed | mean | response tokens |",
         "|---|---|---|---|---|---|",
     ]
     for name, found in groups.items():
         greedy = [r.summary["accuracy_after"] for r in found]
-        steps = found[0].summary["optimizer_steps"]
         lines.append(
-            f"| {name} | {steps} | {training_seconds(found) / steps:.3f} | "
+            f"| {name} | {found[0].summary['optimizer_steps']} | {1000 * per_step(found, start):.0f} | "
             f"{' / '.join(f'{100 * a:.1f}' for a in greedy)} | **{100 * mean_of(greedy):.1f}** | "
             f"{mean_of([r.summary['response_tokens'] for r in found]) / 1000:.0f} k |"
         )
     return lines
 
 
-def picture(groups: dict[str, list[Result]], path: Path) -> None:
-    """Draw accuracy against training seconds, a point per kind of run."""
+def picture(
+    setting: Setting, equal: dict[str, list[Result]], cost: dict[str, list[Result]], path: Path
+) -> None:
+    """Draw cost against N, and accuracy against N at equal steps and at equal cost, the full rollout last."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axis = pyplot.subplots(figsize=(7, 4.5))
-    for name, found in groups.items():
-        x, y = training_seconds(found), mean_of([r.summary["accuracy_after"] for r in found])
-        axis.plot([x], [100 * y], "o" if "steps" not in name else "^")
-        axis.annotate(name, (x, 100 * y), fontsize=7, xytext=(4, 3), textcoords="offset points")
-    axis.set_xlabel("seconds of generation, scoring and training")
-    axis.set_ylabel("greedy accuracy after training, %")
+    def accuracy(found: list[Result]) -> float:
+        return 100 * mean_of([r.summary["accuracy_after"] for r in found])
+
+    def longer(name: str) -> list[Result]:
+        return next((found for long, found in cost.items() if long.startswith(f"{name}, ")), equal[name])
+
+    figure, (price, steps, seconds) = pyplot.subplots(1, 3, figsize=(14, 4))
+    fixed = [*(f"N={n}" for n in setting.fixed), setting.whole]
+    lengths = [*setting.fixed, setting.full]
+    price.plot(lengths, [1000 * per_step(equal[name], equal[START]) for name in fixed], "o-")
+    price.set(title="cost of a step", ylabel="CPU ms", xlabel="N")
+    for axis, chosen in ((steps, equal.__getitem__), (seconds, longer)):
+        axis.plot(lengths, [accuracy(chosen(name)) for name in fixed], "o-", label="N fixed")
+        for i, name in enumerate(name for name in setting.kinds() if name not in fixed):
+            axis.axhline(accuracy(chosen(name)), color=f"C{i + 1}", ls="--", label=name)
+        axis.set(xlabel="N", ylabel="greedy accuracy after training, %", ylim=(0, 100))
+    steps.set_title(f"{STEPS} steps each")
+    seconds.set_title("as many steps as the full rollout's cost buys")
+    steps.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=80)
 
@@ -125,23 +147,24 @@ def main() -> None:
     common, steps = (*COMMON, *setting.task), (f"trainer.max_steps={STEPS}",)
     kinds = setting.kinds().items()
     jobs = [Job(name, seed, (*common, *extra, *steps)) for seed in seeds for name, extra in kinds]
+    jobs.append(Job(START, 0, (*common, *setting.kinds()[setting.whole], "trainer.max_steps=4")))
     equal = by_name(run_all(jobs, store, processes))
     again = equal_cost(setting, equal).items()
     more = [Job(name, seed, (*common, *extra)) for seed in seeds for name, extra in again]
     cost = by_name(run_all(more, store, processes))
-    picture(equal | cost, RESULTS / f"{stem}.png")
+    picture(setting, equal, cost, RESULTS / f"{stem}.png")
     lines = [
         about(command, [r for found in (equal | cost).values() for r in found]),
         "",
         "Equal steps:",
         "",
-        *table(equal),
+        *table({name: equal[name] for name in setting.kinds()}, equal[START]),
     ]
     lines += [
         "",
-        "As many steps as the full rollout's seconds buy:",
+        "As many steps as the full rollout's CPU seconds buy:",
         "",
-        *table(cost),
+        *table(cost, equal[START]),
         "",
         f"![ESR]({stem}.png)",
     ]
