@@ -51,6 +51,14 @@ INFLATION = {
     "gamma 1, budget 256, lr 1e-4": (
         *("estimator=discounted", "estimator.gamma=1", "optimizer.lr=1e-4", "rollout.max_new_tokens=256"),
     ),
+    "gamma 1, over the length to go, budget 256, lr 3e-4": (
+        *("estimator=discounted", "estimator.gamma=1", "estimator.normalise=length", "optimizer.lr=3e-4"),
+        "rollout.max_new_tokens=256",
+    ),
+    "gamma 1, whitened, over the length to go, budget 256, lr 3e-4": (
+        *("estimator=discounted", "estimator.gamma=1", "estimator.normalise=length_whiten"),
+        *("optimizer.lr=3e-4", "rollout.max_new_tokens=256"),
+    ),
     "stop token not taught, budget 256": (
         *("estimator=token", "optimizer.lr=5e-4", "rollout.max_new_tokens=256", "mask=[stop_token]"),
     ),
