@@ -1,6 +1,6 @@
 """Failure on purpose: sampled-token OPD that collapses, and what keeps it from collapsing.
 
-python benchmarks/collapse.py            # three settings x seven remedies x three seeds, with curves
+python benchmarks/collapse.py            # three settings, five to seven remedies, three seeds, with curves
 python benchmarks/collapse.py inflation  # settings in which length might grow gradually
 """
 
@@ -27,6 +27,7 @@ SETTINGS = {
     "lr 4e-3": ("estimator=token", "optimizer.lr=4e-3"),
     "lr 2e-3": ("estimator=token", "optimizer.lr=2e-3"),
 }
+MILD = "lr 2e-3"
 REFERENCE = "regularizer.reference_kl.coefficient=1.0"
 GOLD = (
     *("rollout=mixture", "rollout.student_samples=3", "rollout.gold_samples=1", "rollout.gold=data"),
@@ -133,6 +134,7 @@ def main() -> None:
             f"{setting} | {remedy}": (*first, *second)
             for setting, first in SETTINGS.items()
             for remedy, second in REMEDIES.items()
+            if setting == MILD or "gold 4" not in remedy  # seed 0 of the others: 0.0, 0.8, 5.5, 7.8 %
         }
     seeds = (0,) if inflation else (0, 1, 2)
     jobs = [Job(name, seed, (*COMMON, *extra)) for seed in seeds for name, extra in kinds.items()]
