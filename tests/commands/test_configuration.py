@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import itertools
 import math
 import re
 from collections.abc import Iterator
@@ -121,12 +120,12 @@ def test_every_other_option(group, option):
 
 
 @pytest.mark.parametrize("group", sorted(LISTED))
-def test_every_pair_of_a_list_keeps_both(group):
+def test_a_list_keeps_all_in_its_order(group):
     """Each in a key of its own name, in the order that was asked for."""
     for option in options(group):
         assert set(content(group, option)) == {option}
-    for pair in itertools.permutations(options(group), 2):
-        assert list(composed(f"{group}=[{','.join(pair)}]")[group]) == list(pair)
+    for names in (options(group), options(group)[::-1]):
+        assert list(composed(f"{group}=[{','.join(names)}]")[group]) == names
 
 
 # -- who wins
@@ -203,10 +202,10 @@ def test_a_scale_composes_with_its_preset(scale, tmp_path):
     build(config.optimizer)([torch.nn.Parameter(torch.zeros(1))])
 
 
-# -- every preset trains
+# -- the four papers' presets train; tests/package/test_readme.py trains all, in one command
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", ["esr", "local_support_matching", "tropd", "stable_opd"])
 def test_a_preset_trains_two_steps(preset, tmp_path):
     small = ["evaluation.settings.problems=1", "evaluation.teacher=false", "callbacks=[]", "logger=[csv]"]
     done = here("train", f"experiment={preset}", "debug=fast", *small, folder=tmp_path / "run")

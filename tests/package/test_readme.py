@@ -173,6 +173,10 @@ def test_every_preset_in_one_command(command, finished):
     summaries = list(done.folder.glob("multirun/**/summary.json"))
     assert len(summaries) == len(options("experiment"))
     assert all(json.loads(path.read_text())["optimizer_steps"] == 2 for path in summaries)
+    for path in summaries:
+        losses = [float(row["train/loss"]) for row in rows(path.parent) if row["train/loss"]]
+        assert len(losses) == 2
+        assert all(map(math.isfinite, losses))
 
 
 # -- gpu, hub: composed and, but for the models, built
@@ -261,9 +265,13 @@ def test_the_house_is_as_drawn():
     assert folders - named <= {"diagnostics/"}, "a folder of parts is not on the map"
 
 
-def logged(folder: Path) -> set[str]:
+def rows(folder: Path) -> list[dict[str, str]]:
     with (folder / "metrics.csv").open() as file:
-        return set(csv.DictReader(file).fieldnames or ()) - {"epoch", "step"}
+        return list(csv.DictReader(file))
+
+
+def logged(folder: Path) -> set[str]:
+    return set(rows(folder)[0]) - {"epoch", "step"}
 
 
 def test_every_metric_is_explained_and_logged(finished):
