@@ -85,6 +85,7 @@ def assemble(
     """
     _check_numbers(student_dtype, teacher.dtype, head_chunk, temperature)
     _check_taught(objective, rollout)
+    _check_weighted(objective, rollout)
     tokenizer, vocab = pair_vocabulary(student_path, teacher.path)
     most = max(objective.needs.teacher_top, objective.needs.student_top)
     require(most <= vocab, "support.k", f"be at most the vocabulary's {vocab} ids", most, "use support=full")
@@ -203,6 +204,17 @@ def _check_taught(objective: Objective, rollout: RolloutSampler) -> None:
         f"{' and '.join(found)} alone; use rollout=teacher_text for the teacher's, rollout=mixture for the data's, "
         "or add the rollout's to estimator.origins"
     )
+
+
+def _check_weighted(objective: Objective, rollout: RolloutSampler) -> None:
+    """Refuse a score function on tokens that it takes for the student's and that both models drew together."""
+    weighted = any(getattr(part, "weighs_sampled", False) for part in objective.regularizers.values())
+    if "mixed" in rollout.writers and getattr(objective.estimator, "advantage", False) and not weighted:
+        raise ConfigError(
+            f"`regularizer` must hold importance weights for estimator {type(objective.estimator).__name__} on tokens "
+            f"drawn from both models together, got {list(objective.regularizers) or 'none'}; add "
+            "regularizer=[importance] regularizer.importance.of=sampler"
+        )
 
 
 def _check_given_ids(objective: Objective, teacher: FrozenScorer) -> None:

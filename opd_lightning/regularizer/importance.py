@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -34,6 +34,8 @@ class Importance:
     cap: float | Schedule
     of: Literal["sampler", "policy"] = "sampler"
     band: Sequence[float] | None = None
+
+    weighs_sampled: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         name = "regularizer.importance"
