@@ -194,16 +194,19 @@ _WRITES = {
 
 
 def _check_taught(objective: Objective, rollout: RolloutSampler) -> None:
-    """Refuse a run whose rollouts hold no token that a part teaches: its loss would always be 0."""
+    """Refuse a part that teaches nobody's tokens of these rollouts: it would change nothing, or the loss be 0."""
     written = {_WRITES[writer] for writer in rollout.writers}
-    if objective.teaches & written:
-        return
-    taught, found = [sorted(o.name.lower() for o in origins) for origins in (objective.teaches, written)]
-    raise ConfigError(
-        f"`rollout` must have tokens that the estimator or a regularizer teaches, {' or '.join(taught)}, got those of "
-        f"{' and '.join(found)} alone; use rollout=teacher_text for the teacher's, rollout=mixture for the data's, "
-        "or add the rollout's to estimator.origins"
-    )
+    for name, teaches in objective.teachers.items():
+        if teaches & written:
+            continue
+        taught, found = [
+            " or ".join(sorted(o.name.lower() for o in origins)) for origins in (teaches, written)
+        ]
+        raise ConfigError(
+            f"`rollout` must have tokens that {name} teaches, written by {taught}, got tokens of {found} alone; use "
+            f"another rollout (mixture, teacher_text) or its gold or text, add {found} to the part's origins, or "
+            "leave the part out"
+        )
 
 
 def _check_weighted(objective: Objective, rollout: RolloutSampler) -> None:

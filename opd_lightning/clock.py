@@ -42,6 +42,11 @@ class PhaseClock:
         finally:
             self.switch(before)
 
+    def count(self, tokens: int) -> None:
+        """Add response tokens to the phase that runs."""
+        if self.phase is not None:
+            self.tokens[self.phase] += tokens
+
     def tokens_per_second(self) -> dict[str, float]:
         """Return response tokens per second of each phase that has seen both."""
         return {p: n / self.seconds[p] for p, n in self.tokens.items() if self.seconds.get(p, 0.0) > 0.0}

@@ -20,7 +20,7 @@ from opd_lightning.scorer import Scorer
 from opd_lightning.scoring import ScoringPass
 from opd_lightning.types import Experience, Graded, Rollout, Sampling, Scores, Want
 from opd_lightning.world import World
-from opd_lightning.writing import writers_for
+from opd_lightning.writing import counted, writers_for
 
 
 def check_sizes(
@@ -145,8 +145,8 @@ class Collector:
             writers = writers_for(
                 self.engine, student, self.teacher, self.tokenizer, self.stop_ids, self.rollout.writers
             )
+            writers = counted(writers, self.clock.count)
             rollout = self.rollout(prompts, writers, progress, self.objective.needs.student_top)
-            self.clock.tokens["generate"] += int(rollout.mask.sum())
         return rollout
 
     # -- scoring and cutting

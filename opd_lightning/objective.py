@@ -102,9 +102,14 @@ class Objective:
         return replace(want, full=frozenset(term for term in want.full if term.target != "teacher"))
 
     @property
+    def teachers(self) -> dict[str, frozenset[Origin]]:
+        """Whose tokens each part puts into the loss."""
+        return {name: part.needs.teaches for name, part in self._parts().items()}
+
+    @property
     def teaches(self) -> frozenset[Origin]:
         """Whose tokens some part puts into the loss."""
-        return frozenset(origin for part in self._parts().values() for origin in part.needs.teaches)
+        return frozenset().union(*self.teachers.values())
 
     def mask(self, experience: Experience, world: World) -> Bool[Tensor, "batch time"]:
         """Return the tokens in the loss: inside the horizon, of an origin that a part teaches, not masked."""

@@ -52,9 +52,18 @@ def objective_from(config: DictConfig) -> Objective:
         estimator=build(config.estimator),
         support=build(config.support),
         reduction=build(config.reduction),
-        regularizers={name: build(part) for name, part in (config.get("regularizer") or {}).items()},
-        masks={name: build(part) for name, part in (config.get("mask") or {}).items()},
+        regularizers=_listed(config, "regularizer"),
+        masks=_listed(config, "mask"),
     )
+
+
+def _listed(config: DictConfig, group: str) -> dict[str, Any]:
+    """Build the parts of a list; a preset's settings of one that the command line took out are left out."""
+    parts = config.get(group) or {}
+    for name in parts:
+        if "_target_" not in parts[name]:
+            log.info("%s.%s is not in the list %s=[...]: its settings are left out", group, name, group)
+    return {name: build(part) for name, part in parts.items() if "_target_" in part}
 
 
 def run_from(config: DictConfig) -> Run:

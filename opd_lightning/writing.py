@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -59,6 +61,21 @@ def writers_for(
         gold=partial(gold_responses, tokenizer=tokenizer, stop_id=stop_ids[0]),
         mixed=by_both,
     )
+
+
+def counted(writers: Writers, count: Callable[[int], None]) -> Writers:
+    """Return the writers, telling ``count`` how many tokens each call generates; gold text is not generated."""
+
+    def counting(write: Callable[..., Generation]) -> Callable[..., Generation]:
+        def written(*asked: Any) -> Generation:
+            drawn = write(*asked)
+            count(int(drawn.mask.sum()))
+            return drawn
+
+        return written
+
+    models = {name: counting(getattr(writers, name)) for name in ("student", "teacher", "mixed")}
+    return replace(writers, **models)
 
 
 def _bounded(sampling: Sampling, stop_ids: tuple[int, ...], vocab: int) -> Sampling:

@@ -21,6 +21,8 @@ from opd_lightning.prompts import Prompts
 from opd_lightning.reduction.sequence_mean import SequenceMean
 from opd_lightning.reduction.token_mean import TokenMean
 from opd_lightning.reward.log_ratio import LogRatio
+from opd_lightning.rollout.mixture import Mixture
+from opd_lightning.rollout.prefix import TeacherPrefix
 from opd_lightning.rollout.student import StudentRollout
 from opd_lightning.schedule import Linear
 from opd_lightning.scorer import Scorer
@@ -237,6 +239,54 @@ def test_the_report_speaks_of_the_rollouts(student, teacher):
     assert means["support/student_mass"] < means["support/teacher_mass"]
     assert means["student/entropy"] > 0
     assert means["rollout/accuracy"] == 0.0
+
+
+def test_gold_rows_and_prefixes_are_not_the_student_s(student, teacher):
+    """They are graded and scored beside its own, and no metric of the rollouts speaks of them."""
+    gold = {"gold_samples": 1, "gold": "data", "gold_horizon": None, "teacher_temperature": 1.0}
+    common = {
+        "max_new_tokens": 12,
+        "loss_horizon": None,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "min_p": 0.0,
+    }
+    alone, mixed = (
+        collect(collector(teacher, rollout=rollout, probe_rows=8), student)[1].means(
+            lambda t: t, torch.device("cpu")
+        )
+        for rollout in (
+            StudentRollout(samples=1, early_stop=False, **common),
+            Mixture(student_samples=1, **gold, **common),
+        )
+    )
+    rows = {name for name in alone if name.startswith("rollout/")}
+    assert len(rows) == 7
+    assert {name: mixed[name] for name in rows} == pytest.approx({name: alone[name] for name in rows})
+    assert {
+        name: mixed[name] for name in ("teacher/logp", "teacher/entropy") if name in alone
+    } == pytest.approx({name: alone[name] for name in ("teacher/logp", "teacher/entropy") if name in alone})
+
+
+def test_text_of_others_alone_leaves_no_metric_of_the_student(student, teacher):
+    settings = {"student_samples": 0, "gold_samples": 1, "gold": "data", "gold_horizon": None}
+    settings |= {"max_new_tokens": 12, "loss_horizon": None, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
+    rollout = Mixture(**settings, min_p=0.0, teacher_temperature=1.0)
+    built = collector(teacher, rollout=rollout)
+    means = collect(built, student)[1].means(lambda t: t, torch.device("cpu"))
+    assert not [name for name in means if name.startswith(("rollout/", "student/", "support/"))]
+    assert built.clock.tokens["generate"] == 0  # the data's text is not generated
+
+
+def test_tokens_are_counted_as_they_are_generated(student, teacher):
+    """A teacher's response that three samples share is generated once."""
+    settings = {"max_new_tokens": 12, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+    rollout = TeacherPrefix(samples=3, text="teacher", fraction=1.0, teacher_temperature=1.0, **settings)
+    built = collector(teacher, rollout=rollout)
+    steps, _ = collect(built, student)
+    kept = sum(int(part.rollout.mask.sum()) for step in steps for part in step)
+    assert kept == 3 * built.clock.tokens["generate"] > 0
 
 
 def test_prompts_must_divide(teacher):

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from opd_lightning.functional.divergence import log_mass
-from opd_lightning.types import Experience, Finish, Graded, Scores
+from opd_lightning.types import Experience, Finish, Graded, Origin, Rollout, Scores
 
 
 @dataclass(frozen=True)
@@ -34,19 +35,22 @@ def describe(
 ) -> CollectionReport:
     """Return the report of a collection.
 
-    ``rollout/*`` and ``teacher/*`` are means over all its tokens or responses; ``student/*``, the
+    ``rollout/*`` and ``teacher/*`` are means over the tokens that the student wrote, and the responses with any;
+    gold solutions and teacher text beside them would hide what the student does. ``student/*``, the
     log-ratio ``log T - log S`` of the taken token (``teacher/log_ratio``, nats), and the masses of the
     support come from the probed rows, since a loss on few tokens computes no normaliser.
     """
     rollout = experience.rollout
-    mask, has_answer = rollout.mask, graded.correct.isfinite()
+    mask = _written_by_student(rollout)
+    own = mask.any(-1)
+    graded_own = graded.rows(own.nonzero().flatten().tolist())
     sums = {
-        "rollout/length": _over(graded.lengths),
-        "rollout/truncation": _over(graded.truncated),
-        "rollout/repetition": _over(graded.repetition),
-        "rollout/repetitive": _over(graded.repetitive),
-        "rollout/eos": _over(rollout.finish == Finish.EOS),
-        "rollout/accuracy": _over(graded.correct[has_answer]),
+        "rollout/length": _over(graded_own.lengths),
+        "rollout/truncation": _over(graded_own.truncated),
+        "rollout/repetition": _over(graded_own.repetition),
+        "rollout/repetitive": _over(graded_own.repetitive),
+        "rollout/eos": _over(rollout.finish[own] == Finish.EOS),
+        "rollout/accuracy": _over(graded_own.correct[graded_own.correct.isfinite()]),
         "rollout/behavior_logp": _over(rollout.behavior_logp[mask]),
     }
     if experience.teacher_entropy is not None:
@@ -59,7 +63,7 @@ def describe(
 
 
 def _probed(rows: Experience, student: Scores) -> dict[str, tuple[float, float]]:
-    mask = rows.rollout.mask
+    mask = _written_by_student(rows.rollout)
     sums: dict[str, tuple[float, float]] = {}
     if student.entropy is not None:
         sums["student/entropy"] = _over(student.entropy[mask])
@@ -78,6 +82,11 @@ def _probed(rows: Experience, student: Scores) -> dict[str, tuple[float, float]]
         covers = ((rows.support_ids == rows.rollout.ids.unsqueeze(-1)) & rows.support_valid).any(-1)
         sums["support/covers_taken"] = _over(covers[mask])
     return sums
+
+
+def _written_by_student(rollout: Rollout) -> Bool[Tensor, "batch time"]:
+    """Return the tokens of the student's, in the loss or not."""
+    return rollout.mask & (rollout.origin == Origin.STUDENT)
 
 
 def _over(values: Tensor) -> tuple[float, float]:
