@@ -1,4 +1,4 @@
-"""How noisy is a method's gradient at the starting student?
+"""How noisy is a method's gradient at the starting student, its schedules at half the run?
 
 python benchmarks/gradient_noise.py experiment=esr experiment=tropd    # each argument is one row
 """
@@ -15,6 +15,8 @@ from opd_lightning.paths import CONF_DIR
 from opd_lightning.train import run_from
 from opd_lightning.world import World
 
+PROGRESS = 0.5  # where a schedule has begun and not ended: at 0 TrOPD has prefixes alone
+
 
 def gradients(overrides: list[str], collections: int) -> torch.Tensor:
     """Return the gradient of each optimizer step of some collections, all at the starting student: [step weights]."""
@@ -26,14 +28,16 @@ def gradients(overrides: list[str], collections: int) -> torch.Tensor:
     rows = []
     for number in range(collections):
         student.eval()
-        steps, _ = collector.collect(student, number, progress=0.0, version=0, accumulate=1, world=World())
+        steps, _ = collector.collect(
+            student, number, progress=PROGRESS, version=0, accumulate=1, world=World()
+        )
         student.train()
         for (experience,) in steps:
             student.zero_grad()
             scores = student(
                 experience.rollout.tokens, objective.want, experience.support_ids, experience.hidden
             )
-            objective.loss(scores, experience, 0.0)[0].backward()
+            objective.loss(scores, experience, PROGRESS)[0].backward()
             rows.append(torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None]))
     return torch.stack(rows)
 
