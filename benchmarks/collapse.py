@@ -75,7 +75,7 @@ CURVES = {
 
 
 def picture(groups: dict[str, list[Result]], path: Path) -> None:
-    """Draw the curves, a column per setting, a line per remedy and seed."""
+    """Draw the curves, a column per setting, a colour per remedy, a line per seed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -89,17 +89,20 @@ def picture(groups: dict[str, list[Result]], path: Path) -> None:
         chosen = [(name, found) for name, found in groups.items() if name.split(" | ")[0] == setting]
         for row, (metric, label) in enumerate(CURVES.items()):
             axis = axes[row][column]
-            for i, (name, found) in enumerate(chosen):
+            for name, found in chosen:
+                color = f"C{list(REMEDIES).index(name.split(' | ')[-1])}"
                 for j, result in enumerate(found):
                     curve = result.curves.get(metric, [])
                     label_of = name.split(" | ")[-1] if j == 0 else None
-                    axis.plot(*zip(*curve, strict=True), color=f"C{i}", lw=1, label=label_of)
+                    axis.plot(*zip(*curve, strict=True), color=color, lw=1, label=label_of)
             axis.set_ylabel(label)
             axis.set_title(setting if row == 0 else "")
-    axes[0][-1].legend(fontsize=7)
+    most = max(range(len(settings)), key=lambda i: len(axes[0][i].get_legend_handles_labels()[1]))
+    handles, labels = axes[0][most].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper center", ncols=len(labels), fontsize=8)
     for axis in axes[-1]:
         axis.set_xlabel("optimizer step")
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0, 1, 0.97))
     figure.savefig(path, dpi=70)
 
 
