@@ -70,12 +70,13 @@ SETTINGS = {
 
 
 def equal_cost(setting: Setting, found: dict[str, list[Result]]) -> dict[str, tuple[str, ...]]:
-    """Return the runs again, with the steps that the full rollout's CPU seconds would buy each."""
+    """Return the runs that gained again, with the steps that the full rollout's CPU seconds would buy each."""
     budget = per_step(found[setting.whole], found[START])
     again = {}
     for name, extra in setting.kinds().items():
         steps = round(STEPS * budget / per_step(found[name], found[START]) / 4) * 4
-        if steps > STEPS * 1.1:
+        gained = mean_of([r.summary["accuracy_after"] - r.summary["accuracy_before"] for r in found[name]])
+        if steps > STEPS * 1.1 and gained > 0:
             again[f"{name}, {steps} steps"] = (*extra, f"trainer.max_steps={steps}")
     return again
 
