@@ -237,7 +237,7 @@ def _check_changing(objective: Objective, teacher: FrozenScorer, steps: int, rol
         "collector.steps_per_collection",
         "be 1 with support=full and a teacher that follows the student, whose head would be later than its states",
         steps,
-        "use 1, another support, or teacher.weights=initial",
+        "use 1, another support, or teacher=self",
     )
     if "mixed" in rollout.writers and teacher.view is not None:
         raise ConfigError(

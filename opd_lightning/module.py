@@ -76,7 +76,7 @@ class OnPolicyDistillation(L.LightningModule):
             "strategy",
             "leave the student whole for a teacher that follows it",
             "fsdp",
-            "use strategy=ddp, or teacher.weights=initial",
+            "use strategy=ddp, or teacher=self",
         )
         require(
             not adapted(self.student.model),
@@ -121,7 +121,7 @@ class OnPolicyDistillation(L.LightningModule):
         follower: Follows | None = self.__dict__["follower"]
         if follower is not None and self.trainer.global_step > self._followed:
             self._followed = self.trainer.global_step
-            follower.follow(self.student)
+            follower.follow(self.student, batch.progress)
 
     def _gradient_norm(self) -> Tensor:
         """Return the L2 norm over all parameters before clipping."""

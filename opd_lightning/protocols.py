@@ -219,8 +219,8 @@ class Prepares(Protocol):
 class Follows(Protocol):
     """A teacher that changes with the student (live, moving average)."""
 
-    def follow(self, student: Scoring) -> None:
-        """Take over from ``student``, after each optimizer step."""
+    def follow(self, student: Scoring, progress: float) -> None:
+        """Take over from ``student``, after each optimizer step; ``progress`` in [0, 1] is that step's."""
         ...
 
 

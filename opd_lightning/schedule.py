@@ -100,5 +100,10 @@ def within(x: object, low: float, high: float) -> bool:
     return all(low <= value_at(x, end) <= high for end in (0.0, 1.0))
 
 
+def require_plain(x: object, field: str, remedy: str) -> None:
+    """Refuse a schedule for what stays the same throughout a run, in words; the range is the field's own check."""
+    require(not isinstance(x, Schedule), field, "be a number, not a schedule", x, remedy)
+
+
 def _require_part(over: float, name: str) -> None:
     require(0.0 < over <= 1.0, f"schedule.{name}", "be in (0, 1]", over, "give a share of the run")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from opd_lightning.errors import require
 from opd_lightning.functional import divergence
+from opd_lightning.schedule import require_plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,7 @@ class JSD:
     scaled: bool = False
 
     def __post_init__(self) -> None:
+        require_plain(self.beta, "divergence.beta", "use 0.5 for the symmetric divergence")
         require(
             isinstance(self.beta, (int, float)) and 0.0 <= self.beta <= 1.0,
             "divergence.beta",

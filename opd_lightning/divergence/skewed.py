@@ -9,6 +9,7 @@ from torch import Tensor
 
 from opd_lightning.errors import require
 from opd_lightning.functional import divergence
+from opd_lightning.schedule import require_plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,7 @@ class Skewed:
     direction: divergence.Direction
 
     def __post_init__(self) -> None:
+        require_plain(self.alpha, "divergence.alpha", "use 0.1, the paper's value")
         require(
             isinstance(self.alpha, (int, float)) and 0.0 <= self.alpha < 1.0,
             "divergence.alpha",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -14,6 +16,7 @@ from opd_lightning.functional.divergence import reverse_kl
 from opd_lightning.functional.masked import masked_fill
 from opd_lightning.functional.ratio import importance_weight
 from opd_lightning.functional.tail import Correction, head_with_sampled_tail
+from opd_lightning.schedule import Schedule, value_at, within
 from opd_lightning.types import Experience, FullTerm, Needs, Scores, TokenLoss, Want
 
 _FULL = FullTerm("teacher", reverse_kl)
@@ -25,21 +28,21 @@ class SampledTail:
 
     See :func:`~opd_lightning.functional.tail.head_with_sampled_tail`, whose ``correction`` a subclass names.
     ``tail_weight`` is False for none, or the largest w = S(y_t) / (probability of y_t under the sampler that
-    drew it), held fixed, by which the tail is multiplied; infinity for no largest. On the full support there is no
-    tail, and the value is KL(S||T).
+    drew it), held fixed, by which the tail is multiplied; a number or a schedule, infinity for no largest. On the
+    full support there is no tail, and the value is KL(S||T).
 
     Raises:
         ConfigError: for a ``tail_weight`` that is neither; on a call without a support.
     """
 
-    tail_weight: float | Literal[False] = False
+    tail_weight: float | Schedule | Literal[False] = False
 
     needs: ClassVar[Needs] = Needs(support=True, least_support=1, teacher_taken=True)
     want: ClassVar[Want] = Want(taken=True, support="exact", full=frozenset({_FULL}))
 
     def __post_init__(self) -> None:
-        number = isinstance(self.tail_weight, int | float) and self.tail_weight is not True
-        holds = self.tail_weight is False or (number and self.tail_weight > 0)
+        number = self.tail_weight is not True and within(self.tail_weight, sys.float_info.min, math.inf)
+        holds = self.tail_weight is False or number
         condition = "be false or a number above 0, the largest weight"
         require(holds, "estimator.tail_weight", condition, self.tail_weight, "use false for none")
 
@@ -52,13 +55,13 @@ class SampledTail:
         if experience.teacher_hidden is not None:
             value = full_term(scores, _FULL)
         else:
-            value = self._on_support(scores, experience, sampled)
+            value = self._on_support(scores, experience, sampled, progress)
         value = masked_fill(value, sampled)
         metrics = {"divergence": value.detach()}
         return TokenLoss(value=value, weight=sampled.to(value.dtype), metrics=metrics)
 
     def _on_support(
-        self, scores: Scores, experience: Experience, sampled: Bool[Tensor, "batch time"]
+        self, scores: Scores, experience: Experience, sampled: Bool[Tensor, "batch time"], progress: float
     ) -> Float[Tensor, "batch time"]:
         rollout, taken_logp, taught_logp = (
             experience.rollout,
@@ -77,9 +80,8 @@ class SampledTail:
         taken = masked_fill(taken_logp, sampled)
         weight = None
         if self.tail_weight is not False:
-            weight = importance_weight(
-                taken, masked_fill(rollout.behavior_logp, sampled), cap=float(self.tail_weight)
-            )
+            drawn = masked_fill(rollout.behavior_logp, sampled)
+            weight = importance_weight(taken, drawn, cap=value_at(self.tail_weight, progress))
         return head_with_sampled_tail(
             student,
             teacher,

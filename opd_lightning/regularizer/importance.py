@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -28,12 +28,12 @@ class Importance:
     (MOPD, arXiv 2601.02780). Comes before the parts that add a term, which it then leaves alone.
 
     Raises:
-        ConfigError: an unknown ``of``, a cap that is not positive, no band with 0 <= low <= high.
+        ConfigError: an unknown ``of``, a cap that is not positive, no band with 0 <= low <= high at all times.
     """
 
     cap: float | Schedule
     of: Literal["sampler", "policy"] = "sampler"
-    band: Sequence[float] | None = None
+    band: Sequence[float | Schedule] | None = None
 
     weighs_sampled: ClassVar[bool] = True
 
@@ -45,11 +45,12 @@ class Importance:
             within(self.cap, sys.float_info.min, math.inf), f"{name}.cap", "be above 0", self.cap, "use 2"
         )
         if self.band is not None:
-            numbers = [b for b in self.band if isinstance(b, int | float)] if _listed(self.band) else []
-            holds = len(numbers) == 2 == len(self.band) and 0.0 <= numbers[0] <= numbers[1]
+            holds = _listed(self.band) and len(self.band) == 2 and _ordered(*self.band)
             remedy = "use [0.5, 2], or null for no band"
-            require(holds, f"{name}.band", "be [low, high] with 0 <= low <= high", self.band, remedy)
-            object.__setattr__(self, "band", tuple(numbers))
+            require(
+                holds, f"{name}.band", "be [low, high] with 0 <= low <= high at all times", self.band, remedy
+            )
+            object.__setattr__(self, "band", tuple(self.band))
 
     @property
     def needs(self) -> Needs:
@@ -71,11 +72,18 @@ class Importance:
         ratio = importance_weight(masked_fill(student, sampled), masked_fill(rollout.behavior_logp, sampled))
         weight = ratio.clamp(max=value_at(self.cap, progress))
         if self.band is not None:
-            weight = weight * in_band(ratio, *self.band)
+            weight = weight * in_band(ratio, *(value_at(bound, progress) for bound in self.band))
         metrics = {"importance": weight, "importance_cut": (weight != ratio).to(weight.dtype)}
         metrics = {name: masked_fill(metric, sampled) for name, metric in metrics.items()}
         scaled = loss.weight * torch.where(sampled, weight, 1.0)
         return replace(loss, weight=scaled, metrics={**loss.metrics, **metrics})
+
+
+def _ordered(low: Any, high: Any) -> bool:
+    """Return whether low >= 0 and no value of it lies above one of high's: two schedules may not overlap."""
+    if not within(low, 0.0, math.inf):
+        return False
+    return within(high, max(value_at(low, end) for end in (0.0, 1.0)), math.inf)
 
 
 def _listed(value: object) -> bool:

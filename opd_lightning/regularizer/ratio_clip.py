@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -22,12 +23,12 @@ class RatioClip:
     Weights and terms that other regularizers brought stay what they are, in whatever order.
 
     Raises:
-        ConfigError: ``clip_low`` outside [0, 1], ``clip_high`` below 0, ``dual`` not above 1 + clip_high.
+        ConfigError: ``clip_low`` outside [0, 1], ``clip_high`` below 0, ``dual`` not above 1 + clip_high at all times.
     """
 
     clip_low: float | Schedule = 0.2
     clip_high: float | Schedule = 0.2
-    dual: float | None = None
+    dual: float | Schedule | None = None
 
     needs: ClassVar[Needs] = Needs(advantage=True, collected_logp=True)
     want: ClassVar[Want] = Want(taken=True)
@@ -38,7 +39,7 @@ class RatioClip:
         require(low, f"{name}.clip_low", "be in [0, 1]", self.clip_low, "use 0.2")
         require(high, f"{name}.clip_high", "be a finite number of at least 0", self.clip_high, "use 0.2")
         most = 1.0 + max(value_at(self.clip_high, end) for end in (0.0, 1.0))
-        dual = self.dual is None or (isinstance(self.dual, int | float) and self.dual > most)
+        dual = self.dual is None or within(self.dual, math.nextafter(most, math.inf), math.inf)
         require(dual, f"{name}.dual", f"be null or above {most:g}", self.dual, "use 3")
 
     def __call__(self, loss: TokenLoss, scores: Scores, experience: Experience, progress: float) -> TokenLoss:
@@ -54,7 +55,7 @@ class RatioClip:
             advantage,
             low=value_at(self.clip_low, progress),
             high=value_at(self.clip_high, progress),
-            dual=self.dual,
+            dual=None if self.dual is None else value_at(self.dual, progress),
         )
         # A difference, as the value may hold more than -A log S(y) by now.
         value = loss.value + masked_fill(surrogate + advantage * student, sampled)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from opd_lightning.errors import require
 from opd_lightning.functional.ratio import log_ratio
+from opd_lightning.schedule import Schedule, value_at, within
 from opd_lightning.types import Experience, Needs
 
 
@@ -22,16 +23,16 @@ class Floor:
     wherever it binds. The paper's formula has two readings: :meth:`mixture` and :meth:`odds`.
 
     Raises:
-        ConfigError: if ``floor`` is not a number of at most 0.
+        ConfigError: if ``floor`` is not a number of at most 0 at all times.
     """
 
-    floor: float
+    floor: float | Schedule
 
     needs: ClassVar[Needs] = Needs()
 
     def __post_init__(self) -> None:
         require(
-            isinstance(self.floor, (int, float)) and self.floor <= 0.0,
+            within(self.floor, -math.inf, 0.0),
             "reward.floor",
             "be at most 0",
             self.floor,
@@ -59,7 +60,8 @@ class Floor:
         experience: Experience,
     ) -> Float[Tensor, "batch time"]:
         """Return the floored r for each token, nats."""
-        return log_ratio(student_logp, teacher_logp).detach().clamp(min=self.floor)
+        floor = value_at(self.floor, experience.progress)
+        return log_ratio(student_logp, teacher_logp).detach().clamp(min=floor)
 
 
 def _between(weight: float, most: float) -> float:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from opd_lightning.errors import require
 from opd_lightning.protocols import Writer, Writers
-from opd_lightning.schedule import Schedule, value_at, within
+from opd_lightning.schedule import Schedule, require_plain, value_at, within
 from opd_lightning.seeds import mix
 from opd_lightning.types import Finish, Generation, Origin, PromptBatch, Rollout, Sampling
 
@@ -21,6 +21,12 @@ Source = Literal["teacher", "data"]
 _WRITERS: dict[str, tuple[Writer, Origin]] = {
     "teacher": ("teacher", Origin.TEACHER),
     "data": ("gold", Origin.DATA),
+}
+_PLAIN = {
+    "temperature": "use 1 for the model's own distribution",
+    "top_p": "use 1 to keep every token",
+    "top_k": "use 0 to keep every token",
+    "min_p": "use 0 to keep every token",
 }
 
 
@@ -43,6 +49,8 @@ class Drawing:
     min_p: float
 
     def __post_init__(self) -> None:
+        for name, remedy in _PLAIN.items():
+            require_plain(getattr(self, name), f"rollout.{name}", remedy)
         require(
             isinstance(self.temperature, int | float) and self.temperature > 0,
             "rollout.temperature",
@@ -93,6 +101,7 @@ def check_source(value: object, name: str, teacher_temperature: float) -> None:
     """Refuse an unknown writer, or a temperature that the teacher cannot draw at."""
     remedy = "use teacher for its samples, data for the task's own responses"
     require(value in _WRITERS, f"rollout.{name}", "be teacher or data", value, remedy)
+    require_plain(teacher_temperature, "rollout.teacher_temperature", "use 1 for the teacher's own text")
     number = isinstance(teacher_temperature, int | float) and 0 <= teacher_temperature < math.inf
     condition = "be a finite number of at least 0"
     require(

@@ -7,10 +7,12 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from opd_lightning.errors import require
+from opd_lightning.schedule import require_plain
 
 
 def require_k(k: int) -> None:
     """Refuse a ``k`` that is not a positive whole number."""
+    require_plain(k, "support.k", "use 16")
     whole = isinstance(k, int) and not isinstance(k, bool)
     require(whole and k >= 1, "support.k", "be a whole number of at least 1", k, "use 16")
 

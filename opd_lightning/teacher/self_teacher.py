@@ -14,7 +14,7 @@ from opd_lightning.chat import encode, left_padded
 from opd_lightning.errors import ConfigError, require
 from opd_lightning.loading import FrozenScorer, Loading, SharedScorer
 from opd_lightning.protocols import Scoring
-from opd_lightning.schedule import within
+from opd_lightning.schedule import Schedule, value_at, within
 from opd_lightning.scorer import Scorer
 from opd_lightning.types import Problem, PromptBatch
 
@@ -37,20 +37,21 @@ class SelfTeacher:
         dtype: torch dtype of the weights; an average needs at least float32.
         scoring_temperature: None for the student's, which is the only one that is accepted.
         weights: ``"initial"``, ``"live"`` or ``"ema"``.
-        decay: of the average, in [0, 1].
+        decay: of the average, in [0, 1], a number or a schedule; None with other weights.
         context: text with ``{solution}`` or ``{answer}`` or without; None for the student's own prompt.
         solution: which text of a problem ``{solution}`` is, ``"response"`` or ``"answer"``.
         max_prompt_tokens: longest prompt with the context.
 
     Raises:
-        ConfigError: a field out of its range, or a live teacher that would see what the student sees.
+        ConfigError: a field out of its range or that nothing reads, or a teacher that would only say what the
+            student says: its weights, live or as they started, under the student's own prompt.
     """
 
     path: str
     dtype: str
     scoring_temperature: float | None
     weights: str
-    decay: float
+    decay: float | Schedule | None
     context: str | None
     solution: str
     max_prompt_tokens: int
@@ -58,7 +59,7 @@ class SelfTeacher:
     def __post_init__(self) -> None:
         known = self.weights in _WEIGHTS
         require(known, "teacher.weights", f"be one of {_WEIGHTS}", self.weights, "use initial")
-        require(within(self.decay, 0.0, 1.0), "teacher.decay", "be in [0, 1]", self.decay, "use 0.999")
+        self._check_decay()
         text = self.context is None or (isinstance(self.context, str) and bool(self.context.strip()))
         require(text, "teacher.context", "be a text or null", self.context, "write one with {solution}")
         known = self.solution in _SOLUTIONS
@@ -67,12 +68,23 @@ class SelfTeacher:
         whole = isinstance(longest, int) and longest >= 1
         require(whole, "teacher.max_prompt_tokens", "be a whole number of at least 1", longest, "use 1024")
         require(
-            self.weights != "live" or self.context is not None,
+            self.weights == "ema" or self.context is not None,
             "teacher.context",
-            "be a text with teacher.weights=live: under one prompt the teacher would be the student",
+            f"be a text with teacher.weights={self.weights}: under one prompt the teacher would be the student, "
+            "now or as it started, which teaches nothing",
             self.context,
             "use teacher=self, or teacher=ema",
         )
+
+    def _check_decay(self) -> None:
+        """Refuse an average without a decay, and a decay without an average."""
+        if self.weights == "ema":
+            holds = within(self.decay, 0.0, 1.0)
+            require(holds, "teacher.decay", "be in [0, 1] with teacher.weights=ema", self.decay, "use 0.999")
+        else:
+            condition = f"be null with teacher.weights={self.weights}, which has no average"
+            remedy = "use teacher.weights=ema, or leave it out"
+            require(self.decay is None, "teacher.decay", condition, self.decay, remedy)
 
     def load(self, loading: Loading) -> FrozenScorer:
         """Return the teacher; its view is the prompt with the context.
@@ -98,7 +110,7 @@ class SelfTeacher:
             "teacher.path",
             f"be the student's with teacher.weights={self.weights}",
             self.path,
-            "leave it ${student.path}, or use teacher.weights=initial",
+            "leave it ${student.path}, or use teacher=self teacher.weights=initial",
         )
         if self.weights == "live":
             require(
@@ -109,6 +121,7 @@ class SelfTeacher:
                 "leave it ${student.dtype}",
             )
             return LiveScorer(loading.student, view)
+        assert self.decay is not None
         return AveragedScorer(self._copy(loading), view, decay=self.decay)
 
     def _copy(self, loading: Loading) -> Scorer:
@@ -189,7 +202,7 @@ def _article(name: str) -> str:
 class LiveScorer(SharedScorer):
     """The student as it is now, under a prompt of the teacher's own."""
 
-    def follow(self, student: Scoring) -> None:
+    def follow(self, student: Scoring, progress: float) -> None:
         """Do nothing: these are the student's weights."""
 
 
@@ -197,14 +210,15 @@ class LiveScorer(SharedScorer):
 class AveragedScorer(FrozenScorer):
     """A copy of the student that moves towards it: ``M <- decay * M + (1 - decay) * student``."""
 
-    decay: float
+    decay: float | Schedule
 
     @torch.no_grad()
-    def follow(self, student: Scoring) -> None:
+    def follow(self, student: Scoring, progress: float) -> None:
         """Take one step towards ``student``, on what it trains."""
         assert isinstance(student, Scorer)
+        decay = value_at(self.decay, progress)
         held = dict(self.scorer.model.named_parameters())
         for name, parameter in student.model.named_parameters():
             if parameter.requires_grad:
                 mine = held[name]
-                mine.mul_(self.decay).add_(parameter.to(mine), alpha=1 - self.decay)
+                mine.mul_(decay).add_(parameter.to(mine), alpha=1 - decay)

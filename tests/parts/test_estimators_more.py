@@ -23,7 +23,7 @@ from opd_lightning.estimator.topk import TopK
 from opd_lightning.functional.divergence import reverse_kl
 from opd_lightning.regularizer.step_kl import StepKL
 from opd_lightning.reward.log_ratio import LogRatio
-from opd_lightning.schedule import Linear
+from opd_lightning.schedule import Linear, value_at
 from opd_lightning.support.student import StudentTopK
 from opd_lightning.support.teacher import TeacherTopK
 from opd_lightning.types import Experience, Needs, Origin, Scores
@@ -197,7 +197,7 @@ def test_the_corrected_tail_has_the_gradient_of_reverse_kl(world, variant, corre
     close(world.expected_gradient(loss), world.gradient(reverse(world)))
 
 
-@pytest.mark.parametrize("cap", [float("inf"), 0.7])
+@pytest.mark.parametrize("cap", [float("inf"), 0.7, Linear(start=0.9, end=0.5)])
 def test_the_tail_weight_is_the_student_over_the_sampler(world, cap):
     """The tail, and nothing of the head, is multiplied by min(S / mu, cap)."""
     scores, experience = world.on_support(TeacherTopK(k=2))
@@ -206,9 +206,9 @@ def test_the_tail_weight_is_the_student_over_the_sampler(world, cap):
     )
     rollout = replace(experience.rollout, behavior_logp=behavior)
     experience = replace(experience, rollout=rollout)
-    plain, weighted = (TailPublished(tail_weight=w)(scores, experience, 0.0) for w in (False, cap))
+    plain, weighted = (TailPublished(tail_weight=w)(scores, experience, 0.5) for w in (False, cap))
     head = TopK(divergence=ReverseKL(), form="plain", biased=True)(scores, experience, 0.0)
-    weight = (world.taken(world.student_logp) - behavior).exp().clamp(max=cap).detach()
+    weight = (world.taken(world.student_logp) - behavior).exp().clamp(max=value_at(cap, 0.5)).detach()
     close(weighted.value, head.value + torch.where(world.mask, weight, 0.0) * (plain.value - head.value))
     assert (plain.value - head.value).abs().max() > 1e-2
 

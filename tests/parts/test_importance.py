@@ -103,6 +103,14 @@ def test_the_band_is_of_the_ratio_and_not_of_the_capped_weight():
     assert got == pytest.approx([0.0, 0.25, 0.375, 0.375, 0.0])
 
 
+def test_the_band_may_be_of_schedules():
+    band = [Linear(start=0.0, end=0.8), Linear(start=5.0, end=1.5)]
+    assert weights(Importance(cap=math.inf, band=band), RATIOS)[1] == [0.0] * 5
+    got, cut = weights(Importance(cap=math.inf, band=band), RATIOS, progress=1.0)
+    assert got == pytest.approx([0.0, 0.0, 0.5, 0.0, 0.0])
+    assert cut == [1.0, 1.0, 0.0, 1.0, 1.0]
+
+
 def test_the_cap_may_be_a_schedule():
     got, _ = weights(Importance(cap=Linear(start=4.0, end=1.0)), RATIOS, progress=1.0)
     assert got == pytest.approx([0.05, 0.25, 0.5, 0.5, 0.5])
@@ -168,6 +176,8 @@ def test_what_importance_asks_for():
         ({"cap": 0.0}, "cap` must be above 0, got 0.0; use 2"),
         ({"of": "mu"}, "of` must be sampler or policy"),
         ({"band": [2.0, 0.5]}, "band` must be \\[low, high\\]"),
+        ({"band": [Linear(start=0.5, end=2.0), 1.0]}, "band` must be .* at all times"),
+        ({"band": [Linear(start=-0.5, end=2.0), 3.0]}, "band"),
         ({"band": [0.5]}, "band"),
         ({"band": "ab"}, "band"),
         ({"band": 3.0}, "band"),

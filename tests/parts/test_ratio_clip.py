@@ -124,6 +124,16 @@ def test_what_the_part_computes_is_the_surrogate_alone(world):
     assert 0 < got.metrics["clip_fraction"].sum() < world.mask.sum()
 
 
+def test_the_dual_may_be_a_schedule(world):
+    experience = collected(world, stale(world))
+    moving = RatioClip(dual=Linear(start=3.0, end=1.4))
+    for progress, dual in ((0.0, 3.0), (0.5, 2.2), (1.0, 1.4)):
+        loss = TOKEN(world.scores, experience, progress)
+        got = moving(loss, world.scores, experience, progress)
+        close(got.value, RatioClip(dual=dual)(loss, world.scores, experience, progress).value)
+    assert not got.value.equal(RatioClip(dual=3.0)(loss, world.scores, experience, 1.0).value)
+
+
 @pytest.mark.parametrize("first", [True, False])
 def test_the_clip_keeps_the_terms_of_others_in_any_order(world, first):
     experience = collected(world, stale(world))
@@ -201,6 +211,9 @@ def test_a_ratio_clip_of_a_direct_estimator_is_refused(estimator):
         ({"clip_low": 1.2}, "clip_low` must be in \\[0, 1\\], got 1.2"),
         ({"clip_high": -0.1}, "clip_high"),
         ({"clip_high": Linear(start=0.2, end=-0.2)}, "clip_high"),
+        ({"dual": 1.2}, "dual` must be null or above 1.2"),
+        ({"dual": Linear(start=3.0, end=1.1)}, "dual` must be null or above 1.2, got Linear"),
+        ({"dual": 2.0, "clip_high": Linear(start=0.2, end=1.5)}, "dual` must be null or above 2.5"),
         ({"dual": 1.1}, "dual` must be null or above 1.2, got 1.1; use 3"),
     ],
 )

@@ -109,6 +109,7 @@ def test_extrapolated_at_scale_1_is_the_log_ratio_for_any_reference():  # numeri
     "reward",
     [
         HardClip(limit=Linear(start=2.0, end=1.0)),
+        Floor(floor=Linear(start=-0.1, end=-0.5)),
         Power(alpha=Linear(start=2.0, end=1.0)),
         LogMixture(alpha=Linear(start=0.4, end=0.2)),
         Extrapolated(scale=Linear(start=2.0, end=1.0)),
@@ -162,6 +163,7 @@ def test_refusals():
         (lambda: LogMixture(alpha=Linear(start=0.5, end=0.0)), "reward.alpha", r"in \(0, 1\]"),
         (lambda: Extrapolated(scale=-0.5), "reward.scale", "at least 0"),
         (lambda: Floor(floor=0.5), "reward.floor", "at most 0"),
+        (lambda: Floor(floor=Linear(start=-1.0, end=0.1)), "reward.floor", "at most 0"),
     ]
     for build, field, condition in wrong:
         with pytest.raises(ConfigError, match=rf"`{field}` must be .*{condition}.*; use "):

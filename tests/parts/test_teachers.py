@@ -9,13 +9,17 @@ import pytest
 import torch
 from commands.own import SUMS, save_model, shipped_tokenizer, write_rows
 from commands.running import Finished, here
+from hydra import compose, initialize_config_dir
 from tiny import tiny_model
 
 from opd_lightning.chat import encode, left_padded
+from opd_lightning.commands import build
 from opd_lightning.errors import ConfigError
 from opd_lightning.loading import FrozenScorer, Loading
 from opd_lightning.lora import Lora
+from opd_lightning.paths import CONF_DIR
 from opd_lightning.protocols import Follows
+from opd_lightning.schedule import Linear
 from opd_lightning.scorer import Scorer
 from opd_lightning.scoring import teacher_tokens
 from opd_lightning.teacher.self_teacher import AveragedScorer, LiveScorer, SelfTeacher
@@ -44,12 +48,12 @@ def teacher(**more) -> SelfTeacher:
         "dtype": "float32",
         "scoring_temperature": None,
         "weights": "live",
-        "decay": 0.5,
+        "decay": None,
         "context": CONTEXT,
         "solution": "response",
         "max_prompt_tokens": 512,
     }
-    return SelfTeacher(**settings | more)
+    return SelfTeacher(**settings | ({"decay": 0.5} if more.get("weights") == "ema" else {}) | more)
 
 
 def loading(student: Scorer, **more) -> Loading:
@@ -168,13 +172,25 @@ def test_the_average_is_what_the_formula_says(student, decay):
             for parameter in student.parameters():
                 parameter.add_(torch.randn_like(parameter))
         now = {name: p.detach().clone() for name, p in student.model.named_parameters()}
-        loaded.follow(student)
+        loaded.follow(student, 0.0)
         wanted = {name: decay * w + (1 - decay) * now[name] for name, w in wanted.items()}
         held = dict(loaded.scorer.model.named_parameters())
         assert held.keys() == wanted.keys()
         for name in wanted:
             torch.testing.assert_close(held[name], wanted[name], rtol=1e-13, atol=1e-13)
         assert all(torch.equal(p, now[name]) for name, p in student.model.named_parameters())
+
+
+def test_the_decay_may_be_a_schedule(student):
+    loaded = teacher(weights="ema", context=None, decay=Linear(start=1.0, end=0.0)).load(loading(student))
+    before = [p.clone() for p in loaded.scorer.parameters()]
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(1.0)
+    for progress, share in ((0.0, 0.0), (0.5, 0.5), (1.0, 1.0)):
+        loaded.follow(student, progress)
+        for held, old in zip(loaded.scorer.parameters(), before, strict=True):
+            torch.testing.assert_close(held - old, torch.full_like(held, share))
 
 
 def test_the_average_of_a_student_with_adapters_is_the_adapters(student):
@@ -184,7 +200,7 @@ def test_the_average_of_a_student_with_adapters_is_the_adapters(student):
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.add_(1.0)
-    loaded.follow(student)
+    loaded.follow(student, 0.0)
     after = dict(loaded.scorer.model.named_parameters())
     moved = {name for name in after if not torch.equal(after[name], before[name])}
     assert moved == {name for name in after if "lora_" in name}
@@ -192,7 +208,7 @@ def test_the_average_of_a_student_with_adapters_is_the_adapters(student):
 
 def test_frozen_weights_are_loaded_again(tmp_path, rollout):
     path = str(save_model(tmp_path / "student"))
-    source = teacher(path=path, weights="initial", context=None)
+    source = teacher(path=path, weights="initial")
     student = Scorer(tiny_model(1, vocab=WIDTH), chunk=64)
     loaded = source.load(loading(student, student_path=path))
     assert type(loaded) is FrozenScorer
@@ -210,9 +226,14 @@ def test_frozen_weights_are_loaded_again(tmp_path, rollout):
     ("field", "more"),
     [
         ("teacher.weights", {"weights": "frozen"}),
-        ("teacher.decay", {"decay": 1.5}),
+        ("teacher.decay", {"weights": "ema", "decay": 1.5}),
+        ("teacher.decay", {"weights": "ema", "decay": Linear(start=0.9, end=1.1)}),
+        ("teacher.decay", {"weights": "ema", "decay": None}),
+        ("teacher.decay", {"weights": "initial", "decay": 0.9}),
+        ("teacher.decay", {"weights": "live", "decay": 0.9}),
         ("teacher.context", {"context": " "}),
         ("teacher.context", {"context": None}),  # and live: the teacher would be the student
+        ("teacher.context", {"context": None, "weights": "initial"}),  # the student as it started
         ("teacher.solution", {"solution": "extra"}),
         ("teacher.max_prompt_tokens", {"max_prompt_tokens": 0}),
     ],
@@ -287,6 +308,7 @@ def test_trains_with_privileged_context(weights, support, tmp_path):
         tmp_path,
         "teacher=self",
         f"teacher.weights={weights}",
+        *(["teacher.decay=0.999"] if weights == "ema" else []),
         f"support={support}",
         "collector.steps_per_collection=1",
     )
@@ -318,6 +340,24 @@ def test_trains_towards_its_average(decay, tmp_path):
     assert done.summary["teacher_accuracy"] is not None
     model = Scorer(tiny_model(vocab=WIDTH))
     assert checkpoint_names(done) == {f"student.{name}" for name in model.state_dict()}
+
+
+def test_a_scheduled_decay_reads_the_clock_of_the_run(tmp_path):
+    """The first of two steps is done at progress 0, so that the average stays where it started."""
+    switch = "{_target_: opd_lightning.schedule.Step, before: 1.0, after: 0.0, at: 0.5}"
+    words = ["teacher=ema", f"teacher.decay={switch}", "collector.steps_per_collection=1", "optimizer.lr=0.1"]
+    away = ["regularizer=[reference_kl]", "reference=path"]
+    done = train(tmp_path, *words, *away, f"reference.path={save_model(tmp_path / 'r', seed=5)}")
+    first, second = log_ratios(done)
+    assert first == 0
+    assert abs(second) > 1e-4
+
+
+def test_a_preset_leaves_the_teachers_weights_to_the_teacher():
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        averaged, own = (compose("train", ["experiment=opsd", f"teacher={t}"]) for t in ("ema", "self"))
+    assert (averaged.teacher.weights, build(averaged.teacher).decay) == ("ema", 0.999)
+    assert build(own.teacher).weights == "initial"
 
 
 @pytest.mark.parametrize(
