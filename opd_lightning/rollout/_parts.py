@@ -49,8 +49,7 @@ class Drawing:
     min_p: float
 
     def __post_init__(self) -> None:
-        for name, remedy in _PLAIN.items():
-            require_plain(getattr(self, name), f"rollout.{name}", remedy)
+        check_plain(self)
         require(
             isinstance(self.temperature, int | float) and self.temperature > 0,
             "rollout.temperature",
@@ -74,6 +73,12 @@ class Drawing:
 
 
 # -- checks
+
+
+def check_plain(rollout: object) -> None:
+    """Refuse a schedule of how tokens are drawn."""
+    for name, remedy in _PLAIN.items():
+        require_plain(getattr(rollout, name), f"rollout.{name}", remedy)
 
 
 def check_count(value: object, name: str, least: int = 1) -> None:

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from opd_lightning.errors import require
 from opd_lightning.protocols import Writer, Writers
-from opd_lightning.rollout._parts import as_rollout, check_count, check_tokens, groups, tokens
+from opd_lightning.rollout._parts import as_rollout, check_count, check_plain, check_tokens, groups, tokens
 from opd_lightning.schedule import Schedule
 from opd_lightning.seeds import mix
 from opd_lightning.types import Generation, Origin, PromptBatch, Rollout, Sampling
@@ -54,6 +54,7 @@ class TeacherText:
     def __post_init__(self) -> None:
         check_count(self.samples, "samples")
         require(isinstance(self.fixed, bool), "rollout.fixed", "be true or false", self.fixed, "use false")
+        check_plain(self)
         self._sampling(1).checked("rollout")
         check_tokens(self.max_new_tokens, "max_new_tokens")
         check_tokens(self.loss_horizon, "loss_horizon", optional=True)
