@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import logging
 import os
 import re
@@ -19,12 +20,12 @@ import transformers
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.types import RunMode
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from opd_lightning.errors import ConfigError, require
-from opd_lightning.overrides import explain
+from opd_lightning.overrides import dictionaries_replace, explain
 from opd_lightning.paths import CONF_DIR
 
 
@@ -62,11 +63,36 @@ def build(config: DictConfig, **more: Any) -> Any:
 
 
 def refused(config: DictConfig, cause: BaseException) -> ConfigError:
-    """Return the error of a part whose class does not take its settings."""
+    """Return the error of a part whose class does not take its settings; keys that it has no name for come first."""
+    for node, keys in _left_over(config):
+        path = node._get_full_key(None)
+        names = ", ".join(keys)
+        removals = " ".join(f"'~{path}.{key}'" for key in keys)
+        return ConfigError(
+            f"`{path}` must hold what {node._target_} takes, got {names} as well; "
+            f"add {removals} where a preset or another choice set it, or leave it out"
+        )
     return ConfigError(
         f"`{config._get_full_key(None)}` must hold what {config.get('_target_')} takes, got settings that it refuses "
         f"({cause}); correct them (`--cfg job` prints them)"
     )
+
+
+def _left_over(config: DictConfig) -> Iterator[tuple[DictConfig, list[str]]]:
+    """Yield each node below ``config`` with keys that its class has no name for, which Hydra may have merged in."""
+    for value in config.values():
+        if isinstance(value, DictConfig):
+            yield from _left_over(value)
+    if "_target_" not in config:
+        return
+    try:
+        taken = inspect.signature(get_object(config._target_)).parameters
+    except (ImportError, TypeError, ValueError):  # no such class, or one that does not tell
+        return
+    if all(parameter.kind != parameter.VAR_KEYWORD for parameter in taken.values()):
+        keys = [str(key) for key in config if key not in taken and not str(key).startswith("_")]
+        if keys:
+            yield config, keys
 
 
 def check_seed(seed: Any) -> None:
@@ -124,7 +150,7 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
         @functools.wraps(main)
         def run() -> None:
             try:
-                with _full_error() as wanted:
+                with _full_error() as wanted, dictionaries_replace():
                     launch()
             except (ConfigError, OmegaConfBaseException):
                 sys.exit(2)  # a job of a multirun, which has said why

@@ -1,7 +1,8 @@
-"""What Hydra refuses on a command line, as one sentence with the remedy."""
+"""Overrides of a command line: what Hydra refuses, as one sentence with the remedy, and what a dictionary replaces."""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
 from collections import defaultdict
@@ -9,11 +10,48 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import yaml
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
 
 from opd_lightning.paths import CONF_DIR
 
 _PACKAGED = re.compile(r"/(\w+)@_global_\.(\w+)")
+
+
+@contextlib.contextmanager
+def dictionaries_replace() -> Iterator[None]:
+    """Have Hydra put ``key={_target_: ..., ...}`` in the place of what the key held.
+
+    Hydra merges the two, so that one schedule over another would keep the keys of both. It has no setting
+    for this, and a command line rewritten as a deletion and an addition would be recorded as such.
+    """
+    name = "_apply_overrides_to_config"
+    merge = getattr(ConfigLoaderImpl, name)
+
+    def apply(overrides: list[Override], config: DictConfig) -> None:
+        for override in overrides:  # in their order: a later one may set a key of the new dictionary
+            if _replaces(override, config):
+                OmegaConf.update(config, override.key_or_group, override.value(), merge=False)
+            else:
+                merge([override], config)
+
+    setattr(ConfigLoaderImpl, name, staticmethod(apply))
+    try:
+        yield
+    finally:
+        setattr(ConfigLoaderImpl, name, staticmethod(merge))
+
+
+def _replaces(override: Override, config: DictConfig) -> bool:
+    """Return whether an override names a class for a key that is there; Hydra says what is wrong with others."""
+    holder, _, name = override.key_or_group.rpartition(".")
+    if override.package is not None or not holder or override.is_delete() or override.is_add():
+        return False
+    value = override.value()
+    node = OmegaConf.select(config, holder)
+    return isinstance(value, dict) and "_target_" in value and isinstance(node, DictConfig) and name in node
 
 
 def explain(error: Exception, config_name: str, arguments: Sequence[str]) -> str | None:

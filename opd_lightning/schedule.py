@@ -28,6 +28,9 @@ class Constant:
 
     at: float
 
+    def __post_init__(self) -> None:
+        _require_numbers(at=self.at)
+
     def value(self, progress: float) -> float:
         """Return ``at``."""
         return self.at
@@ -42,6 +45,7 @@ class Linear:
     over: float = 1.0
 
     def __post_init__(self) -> None:
+        _require_numbers(start=self.start, end=self.end, over=self.over)
         _require_part(self.over, "over")
 
     def value(self, progress: float) -> float:
@@ -58,6 +62,7 @@ class Cosine:
     over: float = 1.0
 
     def __post_init__(self) -> None:
+        _require_numbers(start=self.start, end=self.end, over=self.over)
         _require_part(self.over, "over")
 
     def value(self, progress: float) -> float:
@@ -75,6 +80,7 @@ class Step:
     at: float
 
     def __post_init__(self) -> None:
+        _require_numbers(before=self.before, after=self.after, at=self.at)
         require(0.0 <= self.at <= 1.0, "schedule.at", "be in [0, 1]", self.at, "give a share of the run")
 
     def value(self, progress: float) -> float:
@@ -103,6 +109,14 @@ def within(x: object, low: float, high: float) -> bool:
 def require_plain(x: object, field: str, remedy: str) -> None:
     """Refuse a schedule for what stays the same throughout a run, in words; the range is the field's own check."""
     require(not isinstance(x, Schedule), field, "be a number, not a schedule", x, remedy)
+
+
+def _require_numbers(**fields: object) -> None:
+    """Refuse what is no number; that it suits the field with the schedule is the field's own check."""
+    for name, x in fields.items():
+        number = isinstance(x, (int, float)) and not isinstance(x, bool) and not math.isnan(x)
+        remedy = "give one (infinity is inf on the command line and .inf in a yaml)"
+        require(number, f"schedule.{name}", "be a number", x, remedy)
 
 
 def _require_part(over: float, name: str) -> None:

@@ -1,5 +1,6 @@
 """Schedules: numerics.md section 11, point 27."""
 
+import dataclasses
 import math
 
 import pytest
@@ -73,3 +74,11 @@ def test_refusals():
                 kind(start=0.0, end=1.0, over=over)
     with pytest.raises(ConfigError, match=r"`schedule.at` must be in \[0, 1\]"):
         Step(before=0.0, after=1.0, at=1.5)
+
+
+@pytest.mark.parametrize("value", [".inf", None, True, float("nan"), [1]])
+@pytest.mark.parametrize("made", ALL, ids=repr)
+def test_what_is_no_number_is_named_by_its_field(made, value):
+    for name in dataclasses.asdict(made):
+        with pytest.raises(ConfigError, match=f"^`schedule.{name}` must be a number, got "):
+            dataclasses.replace(made, **{name: value})
