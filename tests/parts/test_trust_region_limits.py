@@ -18,6 +18,7 @@ from gated import (
     written,
 )
 from tabular import World
+from tiny import random_rollout
 
 from opd_lightning.errors import ConfigError
 from opd_lightning.estimator.token import Token
@@ -27,7 +28,7 @@ from opd_lightning.regularizer.trust_region import TrustRegion
 from opd_lightning.reward.floor import Floor
 from opd_lightning.schedule import Linear
 from opd_lightning.support.teacher import TeacherTopK
-from opd_lightning.types import Origin, TokenLoss
+from opd_lightning.types import Experience, Origin, TokenLoss
 from opd_lightning.world import World as Processes
 
 THETA = -0.4
@@ -127,7 +128,9 @@ def test_floors_of_reopold(weight, mixture, odds):
     assert Floor.odds(weight).floor == pytest.approx(odds, abs=6e-3)
     r = torch.linspace(-30.0, 5.0, 2001, dtype=torch.float64)
     mixed = (weight + (1 - weight) * r.exp()).log() / (1 - weight)
-    floored = Floor.mixture(weight)(torch.zeros_like(r), r, None)
+    floored = Floor.mixture(weight)(
+        torch.zeros_like(r), r, Experience(rollout=random_rollout(1), share=torch.zeros(1, 1))
+    )
     assert (mixed >= floored - 1e-12).all()
     close(mixed[0], floored[0], atol=1e-9)
 
