@@ -4,7 +4,7 @@ Its items are numbered in the order in which they stand there.
 """
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import ClassVar
 
@@ -25,6 +25,7 @@ from opd_lightning.estimator.sequence import Sequence
 from opd_lightning.estimator.token import Token
 from opd_lightning.estimator.topk import TopK
 from opd_lightning.loading import FrozenScorer, Loading
+from opd_lightning.models import load_tokenizer
 from opd_lightning.objective import Objective
 from opd_lightning.reduction.token_mean import TokenMean
 from opd_lightning.regularizer.ratio_clip import RatioClip
@@ -203,8 +204,7 @@ def test_a_baseline_on_a_support_that_follows_the_taken_token():
 WIDTH = 24
 
 
-@dataclass(frozen=True)
-class TopOnly:
+class TopOnly(FrozenScorer):
     """A teacher that is served: its own top log-probs and nothing else."""
 
     scores_given_ids: ClassVar[bool] = False
@@ -212,11 +212,12 @@ class TopOnly:
 
 # numerics 10.11, 11.30
 def test_a_student_s_support_with_a_teacher_that_cannot_score_given_ids():
+    served = TopOnly(Scorer(tiny_model(vocab=WIDTH)))
     for support in (StudentTopK(k=4), Union(k=4)):
         chosen = objective(TOPK, support)
         parts = ("`support`", "cannot score given ids", type(support).__name__, "support=teacher")
-        refused(lambda chosen=chosen: _check_given_ids(chosen, TopOnly()), *parts)
-    _check_given_ids(objective(TOPK, TeacherTopK(k=4)), TopOnly())
+        refused(lambda chosen=chosen: _check_given_ids(chosen, served), *parts)
+    _check_given_ids(objective(TOPK, TeacherTopK(k=4)), served)
 
 
 # numerics 10.10, 11.30
@@ -226,7 +227,7 @@ def test_a_teacher_at_another_temperature(temperature):
         student=Scorer(tiny_model(vocab=WIDTH)),
         student_path="here",
         student_dtype="float32",
-        tokenizer=None,
+        tokenizer=load_tokenizer("builtin:word_problems/student", "student.path"),
         vocab=WIDTH,
         chunk=16,
         temperature=1.0,
