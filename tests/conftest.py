@@ -24,6 +24,13 @@ def pytest_configure(config: pytest.Config) -> None:
         pytest.raises = or_wrong_type(pytest.raises)
 
 
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error, what it was raised from, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
 def or_wrong_type(raises: Callable[..., Any]) -> Callable[..., Any]:
     """Return ``pytest.raises`` for which a refused type is as good as a ConfigError."""
 
@@ -36,7 +43,7 @@ def or_wrong_type(raises: Callable[..., Any]) -> Callable[..., Any]:
             return
         with raises((*types, TypeCheckError)) as info:
             yield info
-        if match is not None and not isinstance(info.value, TypeCheckError):
+        if match is not None and not any(isinstance(e, TypeCheckError) for e in causes(info.value)):
             assert re.search(match, str(info.value)), f"{match!r} is not in {str(info.value)!r}"
 
     return either
