@@ -24,11 +24,13 @@ def pytest_configure(config: pytest.Config) -> None:
         pytest.raises = or_wrong_type(pytest.raises)
 
 
-def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error, what it was raised from, and so on."""
-    while error is not None:
-        yield error
+def causes(error: BaseException | None) -> list[BaseException]:
+    """Return an error, what it was raised from, and so on; the checker's errors go round in circles."""
+    found: list[BaseException] = []
+    while error is not None and error not in found:
+        found.append(error)
         error = error.__cause__ or error.__context__
+    return found
 
 
 def or_wrong_type(raises: Callable[..., Any]) -> Callable[..., Any]:
