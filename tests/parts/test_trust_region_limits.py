@@ -126,13 +126,13 @@ def test_floors_of_reopold(weight, mixture, odds):
     """numerics 11.12: both readings, and the bound that supports the first."""
     assert Floor.mixture(weight).floor == pytest.approx(mixture, abs=6e-3)
     assert Floor.odds(weight).floor == pytest.approx(odds, abs=6e-3)
-    r = torch.linspace(-30.0, 5.0, 2001, dtype=torch.float64)
+    r = torch.linspace(-30.0, 5.0, 2001, dtype=torch.float64)[None]
     mixed = (weight + (1 - weight) * r.exp()).log() / (1 - weight)
     floored = Floor.mixture(weight)(
-        torch.zeros_like(r), r, Experience(rollout=random_rollout(1), share=torch.zeros(1, 1))
+        torch.zeros_like(r), r, Experience(rollout=random_rollout(1), share=torch.zeros(1, 9))
     )
     assert (mixed >= floored - 1e-12).all()
-    close(mixed[0], floored[0], atol=1e-9)
+    close(mixed[0, 0], floored[0, 0], atol=1e-9)
 
 
 @pytest.mark.parametrize(("reading", "weight"), [("mixture", 0.0), ("mixture", 1.0), ("odds", 0.6)])
