@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 from torch import nn
@@ -14,16 +15,15 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from opd_lightning.collector import Collector, check_sizes
 from opd_lightning.data import Evaluation, OnPolicyData
 from opd_lightning.errors import ConfigError, require
-from opd_lightning.loading import FrozenScorer, Loading, Reference, TeacherSource
+from opd_lightning.loading import FrozenScorer, Loading, Reference, TeacherSource, load_scorer
 from opd_lightning.lora import Lora
-from opd_lightning.models import check_dtype, load_model, pair_vocabulary, stop_ids
+from opd_lightning.models import check_dtype, pair_vocabulary, stop_ids
 from opd_lightning.module import OnPolicyDistillation
 from opd_lightning.objective import Objective
 from opd_lightning.prompts import Prompts
 from opd_lightning.protocols import Engine, Follows, RolloutSampler, Task
 from opd_lightning.reference.initial import Initial
 from opd_lightning.schedule import within
-from opd_lightning.scorer import Scorer, check_head
 from opd_lightning.types import Origin, Problem
 from opd_lightning.writing import writers_for
 
@@ -91,13 +91,11 @@ def assemble(
     require(most <= vocab, "support.k", f"be at most the vocabulary's {vocab} ids", most, "use support=full")
     objective = _bound(objective, tokenizer)
     training, validation = _prompts(task, tokenizer, collector, split, seed)
-    model = load_model(student_path, "student.path", student_dtype)
-    if lora is not None:
-        lora.add_to(model, seed)
-    student = Scorer(model, vocab, head_chunk, temperature)
-    check_head(student, student_path)
-    student.train()
-    stops = stop_ids(model, tokenizer)
+    adapt = None if lora is None else partial(lora.add_to, seed=seed)
+    student = load_scorer(
+        student_path, "student.path", student_dtype, vocab, head_chunk, temperature, adapt
+    ).train()
+    stops = stop_ids(student.model, tokenizer)
     known = any(stop < vocab for stop in stops)
     require(known, "teacher.path", f"know the student's stop ids {stops}", vocab, "use a wider teacher")
     loading = Loading(
@@ -118,9 +116,8 @@ def assemble(
     referred = (reference or Initial()).load(loading) if objective.needs.reference else None
     if referred is not None:
         student.set_target("reference", referred.scorer)
-    writers_for(
-        engine, student, frozen, tokenizer, stops, rollout.writers
-    )  # refuses those that are not there
+    # Refuses writers that are not there.
+    writers_for(engine, student, frozen, tokenizer, stops, rollout.writers)
     collecting = Collector(
         task=task,
         prompts=training,

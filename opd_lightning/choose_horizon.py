@@ -22,12 +22,12 @@ from opd_lightning.commands import build, check_seed, command, git_commit, plain
 from opd_lightning.diagnostics.horizon import DivergenceByPosition
 from opd_lightning.errors import require
 from opd_lightning.functional.divergence import reverse_kl
-from opd_lightning.loading import FrozenScorer, Loading
-from opd_lightning.models import check_dtype, load_model, pair_vocabulary, stop_ids
+from opd_lightning.loading import FrozenScorer, Loading, load_scorer
+from opd_lightning.models import check_dtype, pair_vocabulary, stop_ids
 from opd_lightning.prompts import Prompts
 from opd_lightning.protocols import Engine
 from opd_lightning.schedule import within
-from opd_lightning.scorer import Scorer, check_head
+from opd_lightning.scorer import Scorer
 from opd_lightning.types import FullTerm, PromptBatch, Sampling, TokenBatch, Want
 
 SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p")
@@ -94,9 +94,8 @@ def load(config: DictConfig) -> Pair:
         group="",
     )
     chunk, temperature = config.student.head_chunk, config.student.scoring_temperature
-    model = load_model(path, "student.path", dtype).eval().requires_grad_(False).to(config.accelerator)  # type: ignore[arg-type]
-    student = Scorer(model, vocab, chunk, temperature)
-    check_head(student, path)
+    student = load_scorer(path, "student.path", dtype, vocab, chunk, temperature)
+    student = student.eval().requires_grad_(False).to(config.accelerator)
     loading = Loading(
         student=student,
         student_path=path,
@@ -110,7 +109,7 @@ def load(config: DictConfig) -> Pair:
     )
     teacher = source.load(loading).to(config.accelerator)
     student.set_target("teacher", teacher.scorer)
-    sampling = replace(_sampling(config), stop_ids=stop_ids(model, tokenizer), vocab=vocab)
+    sampling = replace(_sampling(config), stop_ids=stop_ids(student.model, tokenizer), vocab=vocab)
     return Pair(student=student, teacher=teacher, engine=engine, prompts=prompts, sampling=sampling)
 
 

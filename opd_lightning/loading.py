@@ -9,6 +9,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from opd_lightning.errors import require
@@ -56,6 +57,36 @@ class SharedScorer(FrozenScorer):
         return self
 
 
+def load_scorer(
+    path: str,
+    field: str,
+    dtype: str,
+    vocab: int,
+    chunk: int,
+    temperature: float,
+    change: Callable[[PreTrainedModel], None] | None = None,
+) -> Scorer:
+    """Load the model at ``path`` behind a scorer whose head is known to be read rightly.
+
+    Args:
+        field: what names the path, for errors.
+        dtype: torch dtype of the weights.
+        vocab: ids that are scored.
+        chunk: positions whose logits are alive at once.
+        temperature: scoring temperature.
+        change: what is done to the model first, adapters for instance.
+
+    Raises:
+        ConfigError: nothing that can be loaded lies at ``path``, or its head is not supported.
+    """
+    model = load_model(path, field, dtype)
+    if change is not None:
+        change(model)
+    scorer = Scorer(model, vocab, chunk, temperature)
+    check_head(scorer, path)
+    return scorer
+
+
 @dataclass(frozen=True, kw_only=True)
 class Loading:
     """The run that a model is loaded for: the student, the shared vocabulary, and how the head is read.
@@ -98,10 +129,8 @@ class Loading:
         Raises:
             ConfigError: nothing that can be loaded lies at ``path``, or its head is not supported.
         """
-        model = load_model(path, field, dtype).eval().requires_grad_(False)
-        scorer = Scorer(model, self.vocab, self.chunk, self.temperature)
-        check_head(scorer, path)
-        return scorer
+        scorer = load_scorer(path, field, dtype, self.vocab, self.chunk, self.temperature)
+        return scorer.eval().requires_grad_(False)
 
 
 @runtime_checkable
