@@ -11,7 +11,7 @@ import sys
 from datetime import date
 from pathlib import Path
 
-from runs import RESULTS, Job, Result, about, by_name, mean_of, run_all
+from trials import RESULTS, Job, Result, about, by_name, mean_of, run_all
 
 STEPS = 80
 COMMON = (

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
-from runs import RESULTS, Job, Result, about, by_name, mean_of, run_all
+from trials import RESULTS, Job, Result, about, by_name, mean_of, run_all
 
 STEPS = 120
 START = "4 steps"  # a run that hardly trains: what the others spend on all else

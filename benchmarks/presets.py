@@ -13,9 +13,9 @@ from pathlib import Path
 
 from gradient_noise import noise_to_signal
 from hydra import compose, initialize_config_dir
+from trials import RESULTS, Job, Result, about, by_name, mean_of, run_all
 
 from opd_lightning.paths import CONF_DIR
-from runs import RESULTS, Job, Result, about, by_name, mean_of, run_all
 
 SEEDS = (0, 1, 2)
 STEPS = 120
