@@ -117,7 +117,11 @@ class Support(Protocol):
 
 @runtime_checkable
 class Divergence(Protocol):
-    """A divergence between two normalised distributions on the same categories."""
+    """A divergence between two normalised distributions on the same categories.
+
+    One that is a generalised JSD says so by ``as_jsd = (beta, scaled)``, and over the whole vocabulary it is
+    then computed in closed form.
+    """
 
     def __call__(
         self,

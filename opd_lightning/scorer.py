@@ -50,6 +50,10 @@ class Scorer(nn.Module):
         self.__dict__["_targets"] = {}
 
     @property
+    def _scratch(self) -> int:
+        return 4 * self.chunk * self.vocab
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.parameters()).device
@@ -79,7 +83,7 @@ class Scorer(nn.Module):
     ) -> Float[Tensor, " n"]:
         """Return a full-vocabulary divergence from this model's and a named target's hidden states."""
         target = self.__dict__["_targets"][term.target]
-        return heads.full(hidden, self.head, target_hidden, target.head, term.divergence, self.chunk)
+        return heads.full(hidden, self.head, target_hidden, target.head, term.divergence, scratch=self._scratch)
 
     def forward(
         self,
@@ -125,10 +129,10 @@ class Scorer(nn.Module):
         top_ids = top_logp = None
         if want.top:
             top_ids, top_logp, logp, entropy = heads.top(
-                hidden, self.head, want.top, ids, entropy=want.entropy, chunk=self.chunk
+                hidden, self.head, want.top, ids, entropy=want.entropy, scratch=self._scratch
             )
         else:
-            logp, entropy = heads.exact(hidden, self.head, ids, entropy=want.entropy, chunk=self.chunk)
+            logp, entropy = heads.exact(hidden, self.head, ids, entropy=want.entropy, scratch=self._scratch)
         return {
             "taken_logp": _fill(logp[:, 0], mask) if want.taken else None,
             "support_logp": _fill(logp[:, 1:], mask) if want.support != "none" else None,

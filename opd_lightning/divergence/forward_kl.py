@@ -16,6 +16,7 @@ class ForwardKL:
     """KL(T||S): mass-covering, the cross-entropy to the teacher up to a constant."""
 
     holds_truncated: ClassVar[bool] = True
+    as_jsd: ClassVar[tuple[float, bool]] = (0.0, False)
 
     def __call__(
         self,

@@ -43,6 +43,11 @@ class JSD:
             "use false for the published divergence",
         )
 
+    @property
+    def as_jsd(self) -> tuple[float, bool]:
+        """``beta`` and ``scaled``: the head then takes the closed form."""
+        return self.beta, self.scaled
+
     def __call__(
         self,
         student_logp: Float[Tensor, "*batch k"],

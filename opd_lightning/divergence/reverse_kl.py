@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -13,6 +14,8 @@ from opd_lightning.functional import divergence
 @dataclass(frozen=True, kw_only=True)
 class ReverseKL:
     """KL(S||T): mode-seeking, what student-written responses minimise on average."""
+
+    as_jsd: ClassVar[tuple[float, bool]] = (1.0, False)
 
     def __call__(
         self,

@@ -1,14 +1,16 @@
 """The head's modes against dense logits: values, gradients, memory, precision."""
 
-import weakref
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from opd_lightning.functional import head as heads
-from opd_lightning.functional.divergence import forward_kl, jsd, reverse_kl
+from opd_lightning.divergence.forward_kl import ForwardKL
+from opd_lightning.divergence.jsd import JSD
+from opd_lightning.divergence.reverse_kl import ReverseKL
+from opd_lightning.functional.divergence import jsd, reverse_kl
 from opd_lightning.functional.head import Head, exact, full, support_logits, top
 
 N, HIDDEN, VOCAB, K = 11, 6, 13, 4
@@ -54,13 +56,20 @@ KINDS = {
     "everything": {"bias": True, "softcap": 3.0, "scale": 2.0},
 }
 kinds = pytest.mark.parametrize("options", KINDS.values(), ids=KINDS.keys())
-chunks = pytest.mark.parametrize("chunk", [1, 4, N, 1000])
+DIVERGENCES = [
+    partial(jsd, beta=0.3),  # by autograd; the others in closed form
+    ReverseKL(),
+    ForwardKL(),
+    JSD(beta=0.3),
+    JSD(beta=0.9, scaled=True),
+]
+scratches = pytest.mark.parametrize("scratch", [1, 16 * 5, 16 * 40, 10 * 8 * VOCAB * 4, 1 << 20])
 
 
 def test_known_numbers():
     # z = (1, 2); log p = z - log(e + e^2) = (-1.313262, -.313262); H = .268941*1.313262 + .731059*.313262
     head = Head(weight=torch.tensor([[1.0], [2.0]]))
-    logp, entropy = exact(torch.ones(1, 1), head, torch.tensor([[0, 1]]), entropy=True, chunk=1)
+    logp, entropy = exact(torch.ones(1, 1), head, torch.tensor([[0, 1]]), entropy=True, scratch=128)
     torch.testing.assert_close(logp, torch.tensor([[-1.313262, -0.313262]]))
     torch.testing.assert_close(entropy, torch.tensor([0.582203]))
     # cap(.5 * (1, 2) + .5 * (2, 0)) = 2 tanh(1.5 / 2), 2 tanh(1 / 2)
@@ -70,53 +79,52 @@ def test_known_numbers():
 
 
 @kinds
-@pytest.mark.parametrize("max_elements", [1, 2 * K * HIDDEN, 10**9])
-def test_support_logits(options, max_elements):
+def test_support_logits(options):
     hidden, head, ids = make(**options)
-    got = support_logits(hidden, head, ids, max_elements=max_elements)
+    got = support_logits(hidden, head, ids)
     expected = dense(hidden, head).gather(-1, ids)
     torch.testing.assert_close(got, expected)
     same_gradients(got, expected, parameters(hidden, head))
 
 
 @kinds
-@chunks
-def test_exact(options, chunk):
+@scratches
+def test_exact(options, scratch):
     hidden, head, ids = make(**options)
-    got, entropy = exact(hidden, head, ids, entropy=True, chunk=chunk)
+    got, entropy = exact(hidden, head, ids, entropy=True, scratch=scratch)
     distribution = torch.distributions.Categorical(logits=dense(hidden, head))
     expected = distribution.logits.gather(-1, ids)
     torch.testing.assert_close(got, expected)
     torch.testing.assert_close(entropy, distribution.entropy())
     same_gradients(got, expected, parameters(hidden, head))
     same_gradients(entropy, distribution.entropy(), parameters(hidden, head))
-    assert exact(hidden, head, ids, entropy=False, chunk=chunk).entropy is None
+    assert exact(hidden, head, ids, entropy=False, scratch=scratch).entropy is None
 
 
 @kinds
-@chunks
-def test_top(options, chunk):
+@scratches
+def test_top(options, scratch):
     hidden, head, ids = make(**options)
     logp = dense(hidden, head).log_softmax(-1)
-    got = top(hidden, head, 5, ids, entropy=True, chunk=chunk)
+    got = top(hidden, head, 5, ids, entropy=True, scratch=scratch)
     expected = logp.topk(5)
     assert got.ids.equal(expected.indices)
     torch.testing.assert_close(got.logp, expected.values)
     torch.testing.assert_close(got.asked_logp, logp.gather(-1, ids))
     torch.testing.assert_close(got.entropy, -(logp.exp() * logp).sum(-1))
     assert not got.logp.requires_grad
-    nothing = top(hidden, head, 2, ids[:, :0], entropy=False, chunk=chunk)
+    nothing = top(hidden, head, 2, ids[:, :0], entropy=False, scratch=scratch)
     assert nothing.asked_logp.shape == (N, 0)
     assert nothing.entropy is None
 
 
 @kinds
-@chunks
-@pytest.mark.parametrize("divergence", [reverse_kl, forward_kl, partial(jsd, beta=0.3)])
-def test_full(options, chunk, divergence):
+@scratches
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+def test_full(options, scratch, divergence):
     hidden, head, _ = make(**options)
     teacher_hidden, teacher_head, _ = make(seed=5, width=3)
-    got = full(hidden, head, teacher_hidden, teacher_head, divergence, chunk)
+    got = full(hidden, head, teacher_hidden, teacher_head, divergence, scratch=scratch)
     teacher = dense(teacher_hidden, teacher_head).log_softmax(-1).detach()
     expected = divergence(dense(hidden, head).log_softmax(-1), teacher)
     torch.testing.assert_close(got, expected)
@@ -125,6 +133,76 @@ def test_full(options, chunk, divergence):
         got.sum(), [teacher_hidden, teacher_head.weight], allow_unused=True, materialize_grads=False
     )
     assert frozen == (None, None)
+
+
+SHARES = {
+    "as the loss has it": lambda probe: probe,
+    "up to a factor": lambda probe: -3 * probe,
+    "another one": lambda probe: probe.flip(0),
+    "of nothing": torch.zeros_like,
+}
+
+
+@kinds
+@pytest.mark.parametrize("divergence", [ReverseKL(), partial(jsd, beta=0.3)], ids=str)
+@pytest.mark.parametrize("change", SHARES.values(), ids=SHARES)
+def test_a_share_changes_no_gradient(options, divergence, change):
+    hidden, head, _ = make(**options)
+    teacher_hidden, teacher_head, _ = make(seed=5, width=3)
+    probe = torch.randn(N, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    teacher = dense(teacher_hidden, teacher_head).log_softmax(-1).detach()
+    expected = divergence(dense(hidden, head).log_softmax(-1), teacher)
+    got = full(
+        hidden,
+        head,
+        teacher_hidden,
+        teacher_head,
+        divergence,
+        share=change(probe),
+        scratch=10 * 8 * VOCAB * 4,
+    )
+    torch.testing.assert_close(got, expected)
+    same_gradients(got, expected, parameters(hidden, head))
+    same_gradients(0 * got, 0 * expected, parameters(hidden, head))
+
+
+@pytest.mark.parametrize(("change", "passes"), [("as the loss has it", 0), ("another one", 3), (None, 4)])
+def test_a_share_spares_the_backward_pass_its_products(change, passes):
+    hidden, head, _ = make()
+    probe = torch.randn(N, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    share = None if change is None else SHARES[change](probe)
+    value = full(hidden, head, hidden.detach(), head, ReverseKL(), share=share)
+    with Largest() as seen:
+        torch.autograd.grad((value * probe).sum(), [hidden, head.weight])
+    assert seen.tiles == passes  # two heads' logits, then the head's gradient, and the hidden states'
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+def test_ids_that_a_bias_rules_out(divergence):
+    """-inf on both sides: such an id has no probability in either, and takes part in nothing."""
+    hidden, head, _ = make(bias=True)
+    other, other_head, _ = make(seed=5, bias=True)
+    out = torch.zeros(VOCAB, dtype=torch.float64)
+    out[[2, 7]] = -torch.inf
+    head, other_head = replace(head, bias=head.bias + out), replace(other_head, bias=other_head.bias + out)
+    kept = torch.tensor([v for v in range(VOCAB) if v not in (2, 7)])
+    cut = [replace(h, weight=h.weight[kept], bias=h.bias[kept]) for h in (head, other_head)]
+    got = full(hidden, head, other, other_head, divergence)
+    expected = full(hidden, cut[0], other, cut[1], divergence)
+    torch.testing.assert_close(got, expected)
+    same_gradients(got, expected, [hidden])
+
+
+def test_many_ids_are_ranked_by_blocks():
+    """Large enough for two small selections in place of one; ties and a ragged end included."""
+    hidden, weight = torch.randn(5, 4), torch.randn(1031, 4)
+    weight[700] = weight[3]
+    head = Head(weight=weight)
+    got = top(hidden, head, 3, torch.zeros(5, 0, dtype=torch.long), entropy=False, scratch=1)
+    expected = (hidden @ weight.T).log_softmax(-1).topk(3)
+    torch.testing.assert_close(got.logp, expected.values)
+    torch.testing.assert_close((hidden @ weight.T).log_softmax(-1).gather(-1, got.ids), got.logp)
+    assert all(len(set(row)) == 3 for row in got.ids.tolist())
 
 
 def test_tied_head():
@@ -139,7 +217,7 @@ def test_tied_head():
     for got, expected in (
         (support_logits(backbone(), head, ids), dense(backbone(), head).gather(-1, ids)),
         (
-            exact(backbone(), head, ids, entropy=False, chunk=2).logp,
+            exact(backbone(), head, ids, entropy=False, scratch=256).logp,
             dense(backbone(), head).log_softmax(-1).gather(-1, ids),
         ),
     ):
@@ -152,13 +230,13 @@ def test_sliced_head_is_a_smaller_vocabulary():
     hidden, head, ids = make()
     shared = replace(head, weight=head.weight[:9])
     ids = ids % 9
-    got = exact(hidden, shared, ids, entropy=True, chunk=4)
+    got = exact(hidden, shared, ids, entropy=True, scratch=512)
     expected = dense(hidden, head)[:, :9].log_softmax(-1)
     torch.testing.assert_close(got.logp, expected.gather(-1, ids))
     (gradient,) = torch.autograd.grad(got.logp.sum() + got.entropy.sum(), head.weight)
     assert (gradient[9:] == 0).all()
     assert (gradient[:9] != 0).any()
-    assert top(hidden, shared, 9, ids, entropy=False, chunk=4).ids.max() < 9
+    assert top(hidden, shared, 9, ids, entropy=False, scratch=512).ids.max() < 9
 
 
 # numerics 11.24
@@ -166,14 +244,14 @@ def test_nothing_to_score_has_a_graph():
     hidden, head, ids = make(0, bias=True)
     results = [
         support_logits(hidden, head, ids),
-        *exact(hidden, head, ids, entropy=True, chunk=3),
-        full(hidden, head, hidden, head, reverse_kl, 3),
+        *exact(hidden, head, ids, entropy=True, scratch=384),
+        full(hidden, head, hidden, head, reverse_kl, scratch=512),
     ]
     assert [tuple(r.shape) for r in results] == [(0, K), (0, K), (0,), (0,)]
     for result in results:
         gradients = torch.autograd.grad(result.sum(), [hidden, head.weight], retain_graph=True)
         assert [g.abs().sum() for g in gradients] == [0, 0]
-    got = top(hidden, head, 3, ids, entropy=True, chunk=3)
+    got = top(hidden, head, 3, ids, entropy=True, scratch=384)
     assert [tuple(r.shape) for r in got] == [(0, 3), (0, 3), (0, K), (0,)]
 
 
@@ -187,44 +265,47 @@ def test_frozen_parts_get_no_gradient():
     torch.testing.assert_close(torch.autograd.grad(got, head.weight)[0], expected)
 
 
-@pytest.mark.parametrize("mode", ["exact", "full"])
-def test_one_chunk_of_logits_is_alive(monkeypatch, mode):
-    """Also in the backward pass: whoever computes logits finds none of the chunks before."""
+@pytest.mark.parametrize("mode", ["exact", "top", "full"])
+def test_logits_stay_within_the_scratch(mode):
+    """Forward and backward: no tensor on the way is larger than what one buffer may be, and many are made."""
     hidden, head, ids = make(64)
-    alive, seen = [], []
-    original = Head.finish
-
-    def watched(self, raw):
-        logits = original(self, raw)
-        seen.append(sum(ref() is not None for ref in alive))
-        alive.append(weakref.ref(logits))
-        assert logits.shape[0] <= 4
-        return logits
-
-    monkeypatch.setattr(Head, "finish", watched)
-    if mode == "exact":
-        result = sum(r.sum() for r in exact(hidden, head, ids, entropy=True, chunk=4))
-    else:
-        result = full(hidden, head, hidden.detach(), head, reverse_kl, 4).sum()
-    torch.autograd.grad(result, [hidden, head.weight])
-    passes = 2 * 64 // 4 * (1 if mode == "exact" else 2)
-    assert len(seen) == passes
-    assert max(seen) <= (0 if mode == "exact" else 1)  # full: the teacher's logits of the same chunk
+    rows = 16
+    scratch = 8 * rows * VOCAB * {"exact": 2, "top": 2, "full": 10}[mode]
+    with Largest() as largest:
+        if mode == "exact":
+            result = sum(r.sum() for r in exact(hidden, head, ids, entropy=True, scratch=scratch))
+        elif mode == "top":
+            top(hidden.detach(), head.detach(), 3, ids, entropy=True, scratch=scratch)
+        else:
+            result = full(hidden, head, hidden.detach(), head, reverse_kl, scratch=scratch).sum()
+        if mode != "top":
+            torch.autograd.grad(result, [hidden, head.weight])
+    assert largest.numel <= max(64 * HIDDEN, scratch // 8) < 64 * VOCAB * (3 if mode == "full" else 1)
+    assert largest.tiles >= 64 // rows
 
 
-def test_gathered_rows_stay_within_the_limit(monkeypatch):
-    hidden, head, ids = make(40)
-    sizes, original = [], torch.einsum
+def test_rows_of_the_head_are_not_gathered():
+    hidden, head, ids = make(64)
+    with Largest() as largest:
+        support_logits(hidden, head, ids).sum().backward()
+    assert largest.numel <= 64 * HIDDEN  # and not 64 * K * HIDDEN
 
-    def watched(equation, *operands):
-        sizes.append(max(o.numel() for o in operands))
-        return original(equation, *operands)
 
-    monkeypatch.setattr(heads.torch, "einsum", watched)
-    limit = 3 * K * HIDDEN
-    support_logits(hidden, head, ids, max_elements=limit).sum().backward()
-    assert len(sizes) == 2 * 14  # ceil(40 / 3) blocks, forward and backward
-    assert max(sizes) == limit
+PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.mm.out, torch.ops.aten.addmm_.default}
+
+
+class Largest(TorchDispatchMode):
+    """Watches the size of every tensor that an operation makes, and counts matrix products."""
+
+    numel, tiles = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.tiles += func in PRODUCTS
+        for made in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(made, torch.Tensor) and made.layout is torch.strided:
+                self.numel = max(self.numel, made.numel())
+        return out
 
 
 # numerics 11.28
@@ -234,17 +315,17 @@ def test_bf16_head_against_float64():
     reference = dense(hidden.double(), replace(head, weight=head.weight.double()))
     bound = 2.0**-9 * reference.abs().max().item()
     logp = reference.log_softmax(-1)
-    got, entropy = exact(hidden, head, ids, entropy=True, chunk=64)
+    got, entropy = exact(hidden, head, ids, entropy=True, scratch=8192)
     assert got.dtype == entropy.dtype == torch.float32
     assert (got - logp.gather(-1, ids)).abs().max() < 2.1 * bound
     # The gathered rows are multiplied in float32 and not rounded at all.
     raw = support_logits(hidden, head, ids)
     assert raw.dtype == torch.float32
     torch.testing.assert_close(raw.double(), reference.gather(-1, ids), atol=1e-5, rtol=1e-5)
-    value = full(hidden, head, hidden, head, reverse_kl, 64)
+    value = full(hidden, head, hidden, head, reverse_kl, scratch=1 << 16)
     assert value.abs().max() == 0
     other, other_head, _ = make(200, seed=9, dtype=torch.bfloat16)
-    value = full(hidden, head, other, other_head, reverse_kl, 64)
+    value = full(hidden, head, other, other_head, reverse_kl, scratch=1 << 16)
     assert value.dtype == torch.float32
     assert value.min() > -1e-6
     for parameter in (hidden, head.weight):
@@ -258,7 +339,7 @@ def test_frequent_rows_of_a_bf16_head_keep_their_gradient():
     weight = torch.zeros(2, 3, dtype=torch.bfloat16, requires_grad=True)
     hidden = torch.ones(4096, 3, dtype=torch.bfloat16)
     ids = torch.zeros(4096, 1, dtype=torch.long)
-    support_logits(hidden, Head(weight=weight), ids, max_elements=30).sum().backward()
+    support_logits(hidden, Head(weight=weight), ids).sum().backward()
     assert weight.grad.tolist() == [[4096.0] * 3, [0.0] * 3]
 
 
@@ -266,7 +347,7 @@ def test_under_autocast():
     hidden, head, ids = make(dtype=torch.float32)
     expected = dense(hidden, head).log_softmax(-1).gather(-1, ids)
     with torch.autocast("cpu", torch.bfloat16):
-        logp = exact(hidden, head, ids, entropy=False, chunk=4).logp
+        logp = exact(hidden, head, ids, entropy=False, scratch=512).logp
         raw = support_logits(hidden, head, ids)
     assert logp.dtype == raw.dtype == torch.float32
     torch.testing.assert_close(logp, expected, atol=0.1, rtol=0)
@@ -279,7 +360,7 @@ def test_gradient_numerically():
     hidden, head, ids = make(3)
 
     def scored(hidden, weight):
-        return support_logits(hidden, replace(head, weight=weight, softcap=3.0), ids, max_elements=30)
+        return support_logits(hidden, replace(head, weight=weight, softcap=3.0), ids)
 
     assert torch.autograd.gradcheck(scored, (hidden, head.weight))
 
@@ -287,8 +368,8 @@ def test_gradient_numerically():
 def test_refusals():
     hidden, head, ids = make()
     with pytest.raises(ValueError, match="k must be between 0 and the vocabulary of 13"):
-        top(hidden, head, 14, ids, entropy=False, chunk=4)
-    with pytest.raises(ValueError, match="chunk must be at least 1"):
-        exact(hidden, head, ids, entropy=False, chunk=0)
+        top(hidden, head, 14, ids, entropy=False, scratch=512)
+    with pytest.raises(ValueError, match="scratch must be at least 1"):
+        exact(hidden, head, ids, entropy=False, scratch=0)
     with pytest.raises(ValueError, match="cut both to the shared vocabulary"):
-        full(hidden, head, hidden, replace(head, weight=head.weight[:5]), reverse_kl, 4)
+        full(hidden, head, hidden, replace(head, weight=head.weight[:5]), reverse_kl, scratch=512)

@@ -32,12 +32,12 @@ def test_temperature_divides_logits_and_gradients(tau):
     cooled.requires_grad_()
     other, other_head = make(3, 5)
     teacher = (dense(other, other_head) / tau).log_softmax(-1).detach()
-    logp, entropy = exact(hidden, warm, ids, entropy=True, chunk=4)
+    logp, entropy = exact(hidden, warm, ids, entropy=True, scratch=512)
     ours = {
         "support": support_logits(hidden, warm, ids),
         "exact": logp,
         "entropy": entropy,
-        "full": full(hidden, warm, other, replace(other_head, temperature=tau), reverse_kl, 4),
+        "full": full(hidden, warm, other, replace(other_head, temperature=tau), reverse_kl, scratch=512),
     }
     distribution = cooled.log_softmax(-1)
     theirs = {
@@ -55,7 +55,7 @@ def test_temperature_divides_logits_and_gradients(tau):
         (got,) = torch.autograd.grad(ours[name].sum(), hidden, retain_graph=True)
         torch.testing.assert_close(got, wanted, atol=1e-12, rtol=1e-9)
     torch.testing.assert_close(
-        top(hidden, warm, 5, ids, entropy=False, chunk=4).logp, distribution.topk(5).values
+        top(hidden, warm, 5, ids, entropy=False, scratch=512).logp, distribution.topk(5).values
     )
-    assert full(hidden, warm, hidden, warm, reverse_kl, 4).abs().max() == 0
-    assert full(hidden, warm, hidden, head, reverse_kl, 4).abs().max() > 1e-3
+    assert full(hidden, warm, hidden, warm, reverse_kl, scratch=512).abs().max() == 0
+    assert full(hidden, warm, hidden, head, reverse_kl, scratch=512).abs().max() > 1e-3

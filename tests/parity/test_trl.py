@@ -181,11 +181,11 @@ def test_divergence_from_hidden_states(chunked, vocab, beta, options):
         temperature=head.temperature,
     )
     divergence = partial(jsd, beta=beta)
-    ours = full(hidden[mask], head, teacher_hidden[mask], teacher_head, divergence, chunk=4).mean()
+    ours = full(hidden[mask], head, teacher_hidden[mask], teacher_head, divergence, scratch=512).mean()
     inputs = [hidden, head.weight, *([] if head.bias is None else [head.bias])]
     same(ours, theirs, *inputs)
     none = torch.zeros(int(mask.sum()), 0, dtype=torch.long)
-    entropy = exact(hidden[mask], head, none, entropy=True, chunk=4).entropy
+    entropy = exact(hidden[mask], head, none, entropy=True, scratch=512).entropy
     assert count == mask.sum()
     torch.testing.assert_close(entropy.sum(), their_entropy, rtol=1e-5, atol=0)
 

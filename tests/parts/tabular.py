@@ -157,7 +157,7 @@ class World:
         """The same for the full support: hidden states are the tables' rows, the heads identities."""
         head = Head(weight=torch.eye(self.vocab, dtype=torch.float64))
         hidden, teacher_hidden = self.theta[self.rows], self.teacher[self.rows]
-        value = full(hidden.flatten(0, 1), head, teacher_hidden.flatten(0, 1), head, divergence, chunk=7)
+        value = full(hidden.flatten(0, 1), head, teacher_hidden.flatten(0, 1), head, divergence, scratch=896)
         scores = replace(self.scores, full={FullTerm("teacher", divergence): value.reshape(self.ids.shape)})
         return scores, replace(self.experience, teacher_hidden=teacher_hidden)
 
@@ -203,7 +203,7 @@ def with_reference(world: World, table: Tensor, support=None) -> tuple[Scores, E
     reference = table.log_softmax(-1)
     head = Head(weight=torch.eye(world.vocab, dtype=torch.float64))
     hidden, other = world.theta[world.rows], table[world.rows]
-    value = full(hidden.flatten(0, 1), head, other.flatten(0, 1), head, term.divergence, chunk=7)
+    value = full(hidden.flatten(0, 1), head, other.flatten(0, 1), head, term.divergence, scratch=896)
     on_ids = None if support is None else reference[world.rows].gather(-1, experience.support_ids)
     experience = replace(
         experience,

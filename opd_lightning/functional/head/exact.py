@@ -1,0 +1,114 @@
+"""Log-probs at given ids and entropies under the full softmax, tile by tile.
+
+The log-prob of an id is its logit less the normaliser: the logits come from the rows that are asked for
+(:mod:`~opd_lightning.functional.head.gathered`), the normaliser and the entropy from every tile of the
+``[n vocab]`` logits, of which the backward pass computes each once more. Four matrix products in all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from opd_lightning.functional.head import tiles
+from opd_lightning.functional.head.gathered import support_logits
+from opd_lightning.functional.head.gradients import Gradients
+from opd_lightning.functional.head.spec import Head, product_dtype, wide
+
+
+class Exact(NamedTuple):
+    """Log-probs at the asked ids and, where asked, the entropy of the full distribution, nats."""
+
+    logp: Float[Tensor, "n k"]
+    entropy: Float[Tensor, " n"] | None
+
+
+def exact(
+    hidden: Float[Tensor, "n hidden"],
+    head: Head,
+    ids: Int[Tensor, "n k"],
+    *,
+    entropy: bool,
+    scratch: int = tiles.SCRATCH,
+) -> Exact:
+    """Return log-probs of ``ids`` under the full softmax; ``scratch`` bytes of logits are alive at once.
+
+    log p(v) = z_v - logsumexp(z),    H = logsumexp(z) - sum_v p(v) z_v
+
+    Raises:
+        ValueError: if ``scratch`` is not positive.
+    """
+    logits = support_logits(hidden, head, ids)
+    settings = _Settings(
+        head=head.detach(), entropy=entropy, scratch=scratch, dtype=product_dtype(head.weight)
+    )
+    lse, information = _Normaliser.apply(hidden, head.weight, head.bias, settings)
+    return Exact(logits - lse.unsqueeze(-1), information if entropy else None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    """What the normaliser's two passes share; ``dtype`` is that of the matrix products."""
+
+    head: Head
+    entropy: bool
+    scratch: int
+    dtype: torch.dtype
+
+    def tiling(self, n: int) -> tuple[tiles.Tiling, tiles.Buffers]:
+        """Return the tiles and their memory; for entropies a second buffer holds exp(z)."""
+        weight, count = self.head.weight, 2 if self.entropy else 1
+        grid = tiles.tiling(
+            n, len(weight), device=weight.device, scratch=self.scratch, buffers=count, dtype=weight.dtype
+        )
+        return grid, tiles.Buffers(grid, count, dtype=weight.dtype, device=weight.device)
+
+
+class _Normaliser(torch.autograd.Function):
+    """logsumexp(z) and the entropy of softmax(z), z the head's logits at every position."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, settings: _Settings
+    ) -> tuple[Tensor, Tensor]:
+        (grid, buffers), narrow = settings.tiling(len(hidden)), hidden.to(settings.dtype)
+        columns = len(list(grid.slices()))
+        lse = torch.empty(len(hidden), columns, dtype=wide(weight.dtype), device=hidden.device)
+        entropy = torch.empty_like(lse) if settings.entropy else None
+        with torch.autocast(hidden.device.type, enabled=False):
+            for i, v in enumerate(grid.slices()):
+                part, finish = weight[v].to(settings.dtype), settings.head.cut(v).finish
+                for t in grid.blocks():
+                    raw, *spare = buffers.tensors(len(narrow[t]), len(part))
+                    tiles.multiply(narrow[t], part, raw)
+                    lse[t, i], found = tiles.statistics(raw, finish, spare[0] if spare else None)
+                    if entropy is not None and found is not None:
+                        entropy[t, i] = found
+        whole, information = tiles.joined(lse, entropy)
+        ctx.save_for_backward(hidden, weight, bias, whole, information)
+        ctx.settings = settings
+        return whole, whole.new_zeros(()) if information is None else information
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, pull: Tensor, entropy_pull: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, lse, entropy = ctx.saved_tensors
+        settings: _Settings = ctx.settings
+        (grid, buffers), narrow = settings.tiling(len(hidden)), hidden.to(settings.dtype)
+        into = Gradients(ctx.needs_input_grad, hidden, weight, bias)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for v in grid.slices():
+                part, finish = weight[v].to(settings.dtype), settings.head.cut(v).finish
+                for t in grid.blocks():
+                    raw, *spare = buffers.tensors(len(narrow[t]), len(part))
+                    tiles.multiply(narrow[t], part, raw)
+                    more = (None, None, None) if entropy is None else (entropy[t], entropy_pull[t], spare[0])
+                    grad = tiles.gradient(raw, finish, lse[t], pull[t], *more)
+                    into.add(t, v, grad, narrow[t], part)
+                into.close(v)
+        return (*into.results(), None)

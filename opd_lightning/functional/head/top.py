@@ -1,0 +1,85 @@
+"""The likeliest ids with their log-probs, log-probs at given ids and the entropy, in one pass without gradient."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from opd_lightning.functional.head import tiles
+from opd_lightning.functional.head.spec import Finish, Head, product_dtype
+
+_BLOCK = 64
+"""Neighbouring ids whose maximum decides first whether any of them can be among the likeliest."""
+
+_DONE = Finish()
+
+
+class Top(NamedTuple):
+    """The most likely ids with their log-probs, log-probs at the asked ids, and the entropy, nats."""
+
+    ids: Int[Tensor, "n top"]
+    logp: Float[Tensor, "n top"]
+    asked_logp: Float[Tensor, "n k"]
+    entropy: Float[Tensor, " n"] | None
+
+
+@torch.no_grad()
+def top(
+    hidden: Float[Tensor, "n hidden"],
+    head: Head,
+    k: int,
+    ids: Int[Tensor, "n k"],
+    *,
+    entropy: bool,
+    scratch: int = tiles.SCRATCH,
+) -> Top:
+    """Return the ``k`` most likely ids and what :func:`exact` returns, in one pass, without gradient.
+
+    ``ids`` may have no columns. Among equal logits the order is the backend's.
+
+    Raises:
+        ValueError: if ``k`` exceeds the vocabulary, or ``scratch`` is not positive.
+    """
+    if not 0 <= k <= head.vocab:
+        raise ValueError(f"k must be between 0 and the vocabulary of {head.vocab}, got {k}")
+    dtype, device = product_dtype(head.weight), hidden.device
+    grid = tiles.whole_rows(
+        len(hidden), head.vocab, device=device, scratch=scratch, buffers=2, dtype=head.weight.dtype
+    )
+    buffers = tiles.Buffers(grid, 2 if entropy else 1, dtype=head.weight.dtype, device=device)
+    weight, finish = head.weight.to(dtype), head.finish
+    pieces: list[tuple[Tensor, ...]] = []
+    with torch.autocast(device.type, enabled=False):
+        # No rows still make one (empty) block: its results have the right shapes.
+        for t in list(grid.blocks()) or [slice(0, 0)]:
+            z, *spare = buffers.tensors(len(hidden[t]), head.vocab)
+            finish.in_place(tiles.multiply(hidden[t].to(dtype), weight, z))
+            best, values, asked = *largest(z, k), z.gather(-1, ids[t])
+            lse, information = tiles.statistics(z, _DONE, spare[0] if spare else None)
+            found = (best, values - lse.unsqueeze(-1), asked - lse.unsqueeze(-1))
+            pieces.append(found if information is None else (*found, information))
+    top_ids, logp, asked_logp, *rest = (torch.cat(column) for column in zip(*pieces, strict=True))
+    return Top(top_ids, logp, asked_logp, rest[0] if entropy else None)
+
+
+def largest(z: Float[Tensor, "n v"], k: int) -> tuple[Int[Tensor, "n k"], Float[Tensor, "n k"]]:
+    """Return the ids and values of each row's ``k`` largest entries, largest first.
+
+    The k largest entries lie in the k blocks with the largest maxima, or equal entries there: two small
+    selections in place of one over the whole row.
+    """
+    n, v = z.shape
+    blocks = v // _BLOCK
+    if k * _BLOCK * 4 > v or not n:
+        found = z.topk(k, dim=-1)
+        return found.indices, found.values
+    whole = z[:, : blocks * _BLOCK].unflatten(-1, (blocks, _BLOCK))
+    chosen = whole.amax(-1).topk(k, dim=-1, sorted=False).indices
+    ids = (chosen.unsqueeze(-1) * _BLOCK + torch.arange(_BLOCK, device=z.device)).flatten(1)
+    rest = torch.arange(blocks * _BLOCK, v, device=z.device).expand(n, -1)
+    ids = torch.cat([ids, rest], -1)
+    found = z.gather(-1, ids).topk(k, dim=-1)
+    return ids.gather(-1, found.indices), found.values
