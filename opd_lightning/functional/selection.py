@@ -12,6 +12,29 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+_BLOCK = 64
+"""Neighbours whose maximum decides first whether any of them can be among the largest."""
+
+
+def largest(values: Float[Tensor, "n v"], k: int) -> tuple[Int[Tensor, "n k"], Float[Tensor, "n k"]]:
+    """Return the places and values of each row's ``k`` largest entries, largest first.
+
+    The k largest entries lie in the k blocks of largest maximum, or equal ones do: of a long row, two small
+    selections in place of one over all of it. Among equal values the order is the backend's.
+    """
+    n, v = values.shape
+    blocks = v // _BLOCK
+    if k * _BLOCK * 4 > v or not n:
+        found = values.topk(k, dim=-1)
+        return found.indices, found.values
+    maxima = values[:, : blocks * _BLOCK].unflatten(-1, (blocks, _BLOCK)).amax(-1)
+    chosen = maxima.topk(k, dim=-1, sorted=False).indices
+    places = (chosen.unsqueeze(-1) * _BLOCK + torch.arange(_BLOCK, device=values.device)).flatten(1)
+    rest = torch.arange(blocks * _BLOCK, v, device=values.device).expand(n, -1)
+    places = torch.cat([places, rest], -1)
+    found = values.gather(-1, places).topk(k, dim=-1)
+    return places.gather(-1, found.indices), found.values
+
 
 def ranks(mask: Bool[Tensor, "*rows time"]) -> Int[Tensor, "*rows time"]:
     """Return each masked token's number within its row, from 0; the others' are meaningless."""

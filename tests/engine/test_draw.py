@@ -94,14 +94,61 @@ def test_the_ends_of_the_unit_interval_draw_tokens_that_have_mass(uniform):
 def test_nothing_is_sorted_when_nothing_truncates(monkeypatch):
     for name in ("topk", "sort", "argsort"):
         monkeypatch.setattr(torch.Tensor, name, lambda *a, **k: pytest.fail("sorted"))
-    assert kept(LOGITS[None], Sampling(max_new_tokens=1)) is None
+    assert kept(LOGITS[None], Sampling(max_new_tokens=1))[0] is None
     draw(LOGITS[None], torch.tensor([0.5]), Sampling(max_new_tokens=1, min_p=0.1))
 
 
 def test_the_token_that_crosses_top_p_is_kept():
     logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
     for top_p, want in ((0.4, [1, 0, 0]), (0.6, [1, 1, 0]), (0.85, [1, 1, 1])):
-        assert kept(logits, Sampling(max_new_tokens=1, top_p=top_p)).int().tolist() == [want]
+        _, survivors = kept(logits, Sampling(max_new_tokens=1, top_p=top_p))
+        assert survivors.isfinite().int().tolist() == [want]
+
+
+LARGE = [
+    {},
+    {"top_p": 0.9},
+    {"top_p": 0.999, "temperature": 0.8},
+    {"top_k": 20, "top_p": 0.9},
+    {"min_p": 0.05},
+    {"top_k": 3000},
+]
+
+
+@pytest.mark.parametrize("settings", LARGE, ids=str)
+@pytest.mark.parametrize("vocab", [4096, 5003])
+def test_a_large_vocabulary_is_drawn_from_like_a_small_one(settings, vocab):
+    """Blocks and partial ranking against the definition: an even grid of uniforms, the ends included."""
+    n = 3000
+    logits = 2 * torch.randn(vocab, generator=torch.Generator().manual_seed(0))
+    want = torch.tensor(exact(logits, **settings), dtype=torch.float64)
+    uniform = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    uniform[0], uniform[-1] = 0.0, 1.0
+    ids, logp, _ = draw(logits.expand(n, -1), uniform, Sampling(max_new_tokens=1, **settings))
+    below, above = want.cumsum(0) - want, want.cumsum(0)
+    assert (want[ids] > 0).all()
+    assert (uniform >= below[ids] - 1e-5).all()
+    assert (uniform <= above[ids] + 1e-5).all()
+    torch.testing.assert_close(logp.double(), want[ids].log(), atol=1e-5, rtol=0)
+
+
+def test_a_nucleus_does_not_rank_the_vocabulary(monkeypatch):
+    ranked, original = [], torch.Tensor.topk
+    monkeypatch.setattr(
+        torch.Tensor, "topk", lambda t, k, **kw: (ranked.append(t.shape[-1]), original(t, k, **kw))[1]
+    )
+    logits = 4 * torch.randn(3, 50_000, generator=torch.Generator().manual_seed(0))
+    draw(logits, torch.tensor([0.1, 0.5, 0.9]), Sampling(max_new_tokens=1, top_p=0.5))
+    assert ranked
+    assert max(ranked) < 10_000
+
+
+def test_mass_in_one_far_block_is_found():
+    logits = torch.full((4, 40_000), -torch.inf)
+    logits[:, 39_990] = 0.0
+    ids, logp, _ = draw(logits, torch.tensor([0.0, 0.3, 0.999, 1.0]), Sampling(max_new_tokens=1))
+    assert ids.tolist() == [39_990] * 4
+    assert logp.tolist() == [0.0] * 4
 
 
 def test_half_precision_logits_are_widened():

@@ -10,9 +10,7 @@ from torch import Tensor
 
 from opd_lightning.functional.head import tiles
 from opd_lightning.functional.head.spec import Finish, Head, product_dtype
-
-_BLOCK = 64
-"""Neighbouring ids whose maximum decides first whether any of them can be among the likeliest."""
+from opd_lightning.functional.selection import largest
 
 _DONE = Finish()
 
@@ -63,23 +61,3 @@ def top(
             pieces.append(found if information is None else (*found, information))
     top_ids, logp, asked_logp, *rest = (torch.cat(column) for column in zip(*pieces, strict=True))
     return Top(top_ids, logp, asked_logp, rest[0] if entropy else None)
-
-
-def largest(z: Float[Tensor, "n v"], k: int) -> tuple[Int[Tensor, "n k"], Float[Tensor, "n k"]]:
-    """Return the ids and values of each row's ``k`` largest entries, largest first.
-
-    The k largest entries lie in the k blocks with the largest maxima, or equal entries there: two small
-    selections in place of one over the whole row.
-    """
-    n, v = z.shape
-    blocks = v // _BLOCK
-    if k * _BLOCK * 4 > v or not n:
-        found = z.topk(k, dim=-1)
-        return found.indices, found.values
-    whole = z[:, : blocks * _BLOCK].unflatten(-1, (blocks, _BLOCK))
-    chosen = whole.amax(-1).topk(k, dim=-1, sorted=False).indices
-    ids = (chosen.unsqueeze(-1) * _BLOCK + torch.arange(_BLOCK, device=z.device)).flatten(1)
-    rest = torch.arange(blocks * _BLOCK, v, device=z.device).expand(n, -1)
-    ids = torch.cat([ids, rest], -1)
-    found = z.gather(-1, ids).topk(k, dim=-1)
-    return ids.gather(-1, found.indices), found.values
