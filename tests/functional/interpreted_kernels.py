@@ -1,0 +1,143 @@
+"""The head's kernels in Triton's interpreter; :mod:`test_triton_rows` runs this in a process of its own.
+
+The interpreter is chosen when a kernel is compiled, by a variable that other tests must not see.
+"""
+
+import kernel_checks as checks
+import pytest
+import torch
+from kernel_checks import KINDS, Case, gathered
+
+from opd_lightning.functional.head import triton_gather, triton_rows
+from opd_lightning.functional.head.triton_rows import available, compare, gradient_, lse_gradient_, statistics
+
+WIDE = triton_rows.BLOCK
+kinds = pytest.mark.parametrize("kind", KINDS)
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+# Narrower than a block, one block; all else is tested on a block and a rest.
+widths = pytest.mark.parametrize("v", [1, 13, WIDE])
+
+
+def test_available():
+    assert available(torch.zeros(1))
+    assert available(torch.zeros(1, dtype=torch.bfloat16))
+    assert not available(torch.zeros(1, dtype=torch.float64))
+
+
+@kinds
+@dtypes
+def test_statistics(kind, dtype):
+    checks.check_statistics(Case(3, WIDE + 37, 4, kind, dtype))
+
+
+@kinds
+@dtypes
+def test_gradient(kind, dtype):
+    checks.check_gradient(Case(3, WIDE + 37, 4, kind, dtype), entropy=True)
+    checks.check_gradient(Case(2, 57, 1, kind, dtype), entropy=False)
+
+
+@widths
+def test_widths(v):
+    checks.check_statistics(Case(2, v, 4, "everything"))
+    checks.check_gradient(Case(2, v, 4, "everything"), entropy=True)
+    checks.check_lse_gradient(Case(2, v, 0, "everything"), slice(None))
+    checks.check_compare(Case(2, v, 0, "everything"), Case(2, v, 0, seed=1), 0.5)
+
+
+def test_more_ids_than_a_block():
+    case = Case(2, 19, 2 * triton_rows.BLOCK_K + 3)
+    checks.check_statistics(case)
+    checks.check_gradient(case, entropy=True)
+
+
+@kinds
+@dtypes
+def test_gradient_of_a_slice_of_the_vocabulary(kind, dtype):
+    checks.check_lse_gradient(Case(2, WIDE + 50, 0, kind, dtype), slice(20, WIDE + 40))
+
+
+@kinds
+@dtypes
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_compare(kind, dtype, beta):
+    v = WIDE // 2 + 37
+    checks.check_compare(Case(2, v, 0, kind, dtype), Case(2, v, 0, "plain", dtype, seed=1), beta)
+
+
+def test_compare_of_two_finishes():
+    student, teacher = Case(2, 29), Case(2, 29, 0, "everything", torch.bfloat16, seed=1)
+    checks.check_compare(student, teacher, 0.4, scaled=True)
+    same = Case(2, 29)
+    value = compare(same.raw, same.finish, same.raw.clone(), same.finish, 1.0, False, gradient=True)
+    assert value.abs().max() == 0
+    assert same.raw.abs().max() == 0
+
+
+def test_nothing():
+    empty, finish = torch.zeros(0, 7), Case(1, 7).finish
+    ids = torch.zeros(0, 2, dtype=torch.long)
+    lse, at, entropy = statistics(empty, finish, ids, entropy=True)
+    assert (lse.shape, at.shape, entropy.shape) == ((0,), (0, 2), (0,))
+    assert gradient_(empty, finish, ids, lse, entropy, at, entropy).shape == (0, 7)
+    assert compare(empty, finish, empty, finish, 0.5, False, gradient=True).shape == (0,)
+    case = Case(3, 7)
+    lse, at, _ = statistics(case.raw, case.finish, case.ids, entropy=False)
+    got = gradient_(case.raw, case.finish, case.ids, lse, None, at, None)
+    assert got.abs().max() == 0
+
+
+def test_a_forbidden_id_and_a_nan():
+    case = Case(3, 40)
+    case.raw[0, :20] = -torch.inf
+    case.raw[2, 5] = torch.nan
+    lse, _, entropy = statistics(case.raw, case.finish, case.ids, entropy=True)
+    rest = case.raw[0, 20:].double()
+    checks.near(lse[0], rest.logsumexp(-1))
+    checks.near(entropy[0], torch.distributions.Categorical(logits=rest).entropy())
+    assert lse.isnan().tolist() == entropy.isnan().tolist() == [False, False, True]
+    teacher = Case(3, 40, seed=1)
+    value = compare(case.raw.clone(), case.finish, teacher.raw, teacher.finish, 0.5, False, gradient=False)
+    assert value.isnan().tolist() == [False, False, True]
+    got = lse_gradient_(case.raw, case.finish, lse, torch.ones(3), entropy, torch.ones(3))
+    assert got.isnan().any(-1).tolist() == [False, False, True]
+    assert got[0, :20].abs().max() == 0
+
+
+def test_rows_must_be_contiguous():
+    with pytest.raises(ValueError, match="a row of logits must be contiguous"):
+        statistics(torch.zeros(4, 3).T, Case(1, 4).finish, torch.zeros(3, 1, dtype=torch.long), entropy=False)
+
+
+@dtypes
+@pytest.mark.parametrize(
+    ("n", "h", "v", "k", "frequent"),
+    [
+        (2, 5, 11, 3, None),  # one piece
+        (14, 70, 9, 3, None),  # ragged pieces and widths, short runs
+        (12, 20, 9, 5, 2),  # runs over several pieces
+        (8, 20, 9, 4, 1),  # one run; pieces end where the list does
+        (3, triton_gather.BLOCK + 9, 40, triton_gather.BLOCK_K + 1, None),
+    ],
+)
+def test_gather(n, h, v, k, frequent, dtype, monkeypatch):
+    # Entries are interpreted one by one: small pieces make the same paths out of few.
+    monkeypatch.setattr(triton_gather, "PIECE", 8)
+    monkeypatch.setattr(triton_gather, "COLUMNS", 64)
+    checks.check_gather(*gathered(n, h, v, k, dtype, frequent=frequent))
+
+
+@pytest.mark.parametrize(("n", "k"), [(0, 3), (4, 0), (0, 0)])
+def test_gather_of_nothing(n, k):
+    hidden, weight, ids, grad = gathered(n, 6, 8, k)
+    checks.check_gather(hidden, weight, ids, grad)
+
+
+def test_frequent_rows_of_a_bf16_head_keep_their_gradient():
+    """512 equal terms on one row: a sum in bf16 would stop growing at 256 of them."""
+    hidden, weight = torch.ones(512, 3).bfloat16(), torch.zeros(2, 3).bfloat16()
+    ids = torch.zeros(512, 1, dtype=torch.long)
+    _, got = triton_gather.gather_backward(
+        torch.ones(512, 1), hidden, weight, ids, into_hidden=False, into_weight=True
+    )
+    assert got.tolist() == [[512.0] * 3, [0.0] * 3]
