@@ -124,6 +124,26 @@ def check_compare(student, teacher, beta, *, scaled=False):
     near(student.raw, expected_grad, dtype=student.raw.dtype, atol=3e-6)
 
 
+def check_odd_values(device="cpu"):
+    """A row with ids that are ruled out, and one with a NaN, which no kernel may hide."""
+    case, teacher = Case(3, 40, device=device), Case(3, 40, device=device, seed=1)
+    case.raw[0, :20] = -torch.inf
+    case.raw[2, 5] = torch.nan
+    lse, _, entropy = statistics(case.raw, case.finish, case.ids, entropy=True)
+    rest = case.raw[0, 20:].double()
+    near(lse[0], rest.logsumexp(-1))
+    near(entropy[0], torch.distributions.Categorical(logits=rest).entropy())
+    assert lse.isnan().tolist() == entropy.isnan().tolist() == [False, False, True]
+    for beta in (0.0, 0.5, 1.0):
+        raw = case.raw.clone()
+        value = compare(raw, case.finish, teacher.raw, teacher.finish, beta, False, gradient=True)
+        assert value.isnan().tolist() == raw.isnan().any(-1).tolist() == [False, False, True]
+    ones = torch.ones_like(lse)
+    got = lse_gradient_(case.raw, case.finish, lse, ones, entropy, ones)
+    assert got.isnan().any(-1).tolist() == [False, False, True]
+    assert got[0, :20].abs().max() == 0
+
+
 def gathered(n, h, v, k, dtype=torch.float32, device="cpu", frequent=None, seed=0):
     """Hidden states, weight, ids (``frequent``: only so many different ones) and a gradient."""
     draw = torch.Generator().manual_seed(seed)
