@@ -1,7 +1,11 @@
 """The head's modes against dense logits: values, gradients, memory, precision."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -373,3 +377,17 @@ def test_refusals():
         exact(hidden, head, ids, entropy=False, scratch=0)
     with pytest.raises(ValueError, match="cut both to the shared vocabulary"):
         full(hidden, head, hidden, replace(head, weight=head.weight[:5]), reverse_kl, scratch=512)
+
+
+def test_the_modes_through_the_kernels():
+    """On a GPU Triton does the work; here its interpreter, in a process that has chosen it."""
+    pytest.importorskip("triton")
+    here = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(here / "interpreted_head.py")],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        cwd=here.parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-8000:]

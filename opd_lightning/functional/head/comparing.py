@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from opd_lightning.functional.head.spec import Finish, Head
+from opd_lightning.functional.head import triton_rows
+from opd_lightning.functional.head.spec import Finish, Head, wide
 
 _TINY = 1e-37
 """Keeps the logarithm of a mixture finite where neither side has any mass to weigh it with."""
@@ -28,9 +29,13 @@ class Sides(NamedTuple):
 class Comparing(Protocol):
     """From both sides' raw products to values and gradients.
 
-    ``spares`` is the number of buffers that it wants beside the two sides, ``hidden_buffers`` of those of
-    the same size that it makes itself.
+    ``dtype`` is what the raw products are kept in, ``spares`` the number of buffers of their size that it
+    wants beside the two sides, and ``hidden_buffers`` of those that it makes itself.
     """
+
+    def dtype(self, product: torch.dtype) -> torch.dtype:
+        """Return what the raw products are kept in."""
+        ...
 
     @property
     def spares(self) -> int:
@@ -49,16 +54,21 @@ class Comparing(Protocol):
         ...
 
 
-def comparing(divergence: Callable[[Tensor, Tensor], Tensor], student: Head, teacher: Head) -> Comparing:
+def comparing(
+    divergence: Callable[[Tensor, Tensor], Tensor], student: Head, teacher: Head, *, one_dtype: bool
+) -> Comparing:
     """Return the fastest way to ``divergence``: the closed form of a generalised JSD, or autograd.
 
-    A divergence tells by ``as_jsd``, its beta and whether it is scaled, that it is one.
+    A divergence tells by ``as_jsd``, its beta and whether it is scaled, that it is one. ``one_dtype``: both
+    heads' products have the same, as the kernels on a GPU want it.
     """
     jsd: tuple[float, bool] | None = getattr(divergence, "as_jsd", None)
     # An id that a bias of -inf rules out has log-probs whose difference only the plain form knows to ignore.
     ruled_out = any(h.bias is not None and not bool(h.bias.isfinite().all()) for h in (student, teacher))
     if jsd is None or ruled_out:
         return Differentiated(divergence=divergence)
+    if one_dtype and triton_rows.available(student.weight):
+        return KernelJSD(beta=jsd[0], scaled=jsd[1])
     return ClosedJSD(beta=jsd[0], scaled=jsd[1], capped=not student.finish.linear)
 
 
@@ -69,6 +79,10 @@ class Differentiated:
     divergence: Callable[[Tensor, Tensor], Tensor]
     spares: ClassVar[int] = 0
     hidden_buffers: ClassVar[int] = 8
+
+    def dtype(self, product: torch.dtype) -> torch.dtype:
+        """Return at least float32."""
+        return wide(product)
 
     def __call__(
         self, sides: Sides, spares: Sequence[Float[Tensor, "n v"]], gradient: bool
@@ -98,6 +112,10 @@ class ClosedJSD:
     capped: bool
     hidden_buffers: ClassVar[int] = 0
 
+    def dtype(self, product: torch.dtype) -> torch.dtype:
+        """Return at least float32."""
+        return wide(product)
+
     @property
     def spares(self) -> int:
         """Buffers wanted."""
@@ -119,6 +137,27 @@ class ClosedJSD:
                 factor = 1.0 / (self.beta * (1.0 - self.beta))
                 value, grad = value * factor, None if grad is None else grad.mul_(factor)
         return value, None if grad is None else sides.student_finish.pull_back_(grad, logits)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelJSD:
+    """What :class:`ClosedJSD` computes, in Triton: every pass reads the products once, in their own dtype."""
+
+    beta: float
+    scaled: bool
+    spares: ClassVar[int] = 0
+    hidden_buffers: ClassVar[int] = 0
+
+    def dtype(self, product: torch.dtype) -> torch.dtype:
+        """Return the products' own."""
+        return product
+
+    def __call__(
+        self, sides: Sides, spares: Sequence[Float[Tensor, "n v"]], gradient: bool
+    ) -> tuple[Float[Tensor, " n"], Float[Tensor, "n v"] | None]:
+        """Return values and gradients; see :class:`Comparing`."""
+        value = triton_rows.compare(*sides, self.beta, self.scaled, gradient=gradient)
+        return value, sides.student if gradient else None
 
 
 def _centred(z: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:

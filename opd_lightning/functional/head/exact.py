@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from opd_lightning.functional.head import tiles
 from opd_lightning.functional.head.gathered import support_logits
 from opd_lightning.functional.head.gradients import Gradients
+from opd_lightning.functional.head.kernels import Kernels, kernels
 from opd_lightning.functional.head.spec import Head, product_dtype, wide
 
 
@@ -45,7 +46,11 @@ def exact(
     """
     logits = support_logits(hidden, head, ids)
     settings = _Settings(
-        head=head.detach(), entropy=entropy, scratch=scratch, dtype=product_dtype(head.weight)
+        head=head.detach(),
+        entropy=entropy,
+        scratch=scratch,
+        dtype=product_dtype(head.weight),
+        kernels=kernels(head.weight),
     )
     lse, information = _Normaliser.apply(hidden, head.weight, head.bias, settings)
     return Exact(logits - lse.unsqueeze(-1), information if entropy else None)
@@ -59,14 +64,14 @@ class _Settings:
     entropy: bool
     scratch: int
     dtype: torch.dtype
+    kernels: Kernels
 
     def tiling(self, n: int) -> tuple[tiles.Tiling, tiles.Buffers]:
-        """Return the tiles and their memory; for entropies a second buffer holds exp(z)."""
-        weight, count = self.head.weight, 2 if self.entropy else 1
-        grid = tiles.tiling(
-            n, len(weight), device=weight.device, scratch=self.scratch, buffers=count, dtype=weight.dtype
-        )
-        return grid, tiles.Buffers(grid, count, dtype=weight.dtype, device=weight.device)
+        """Return the tiles and their memory."""
+        weight, count = self.head.weight, 1 + self.kernels.spares(self.entropy)
+        kept: Any = {"dtype": self.kernels.dtype(self.dtype), "device": weight.device}
+        grid = tiles.tiling(n, len(weight), scratch=self.scratch, buffers=count, **kept)
+        return grid, tiles.Buffers(grid, count, **kept)
 
 
 class _Normaliser(torch.autograd.Function):
@@ -86,7 +91,9 @@ class _Normaliser(torch.autograd.Function):
                 for t in grid.blocks():
                     raw, *spare = buffers.tensors(len(narrow[t]), len(part))
                     tiles.multiply(narrow[t], part, raw)
-                    lse[t, i], found = tiles.statistics(raw, finish, spare[0] if spare else None)
+                    lse[t, i], found = settings.kernels.statistics(
+                        raw, finish, spare[0] if spare else None, settings.entropy
+                    )
                     if entropy is not None and found is not None:
                         entropy[t, i] = found
         whole, information = tiles.joined(lse, entropy)
@@ -107,8 +114,9 @@ class _Normaliser(torch.autograd.Function):
                 for t in grid.blocks():
                     raw, *spare = buffers.tensors(len(narrow[t]), len(part))
                     tiles.multiply(narrow[t], part, raw)
-                    more = (None, None, None) if entropy is None else (entropy[t], entropy_pull[t], spare[0])
-                    grad = tiles.gradient(raw, finish, lse[t], pull[t], *more)
+                    more, its_pull = (None, None) if entropy is None else (entropy[t], entropy_pull[t])
+                    other = spare[0] if spare else None
+                    grad = settings.kernels.gradient(raw, finish, lse[t], pull[t], more, its_pull, other)
                     into.add(t, v, grad, narrow[t], part)
                 into.close(v)
         return (*into.results(), None)

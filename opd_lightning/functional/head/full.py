@@ -48,13 +48,15 @@ def full(
             f"student and teacher heads must cover the same ids, got {student_head.vocab} and "
             f"{teacher_head.vocab}; cut both to the shared vocabulary"
         )
+    dtypes = (product_dtype(student_head.weight), product_dtype(teacher_head.weight))
+    kernel = comparing(divergence, student_head, teacher_head, one_dtype=dtypes[0] == dtypes[1])
     comparison = _Comparison(
         student=student_head.detach(),
         teacher=teacher_head.detach(),
         teacher_hidden=teacher_hidden.detach(),
-        kernel=comparing(divergence, student_head, teacher_head),
+        kernel=kernel,
         scratch=scratch,
-        dtypes=(product_dtype(student_head.weight), product_dtype(teacher_head.weight)),
+        dtypes=dtypes,
     )
     value: Tensor = _Full.apply(student_hidden, student_head.weight, student_head.bias, share, comparison)
     return value
@@ -81,7 +83,8 @@ class _Comparison:
         head, gradient = self.student, any(needed)
         weight, other = head.weight.to(self.dtypes[0]), self.teacher.weight.to(self.dtypes[1])
         grid = self._grid(len(hidden))
-        buffers = tiles.Buffers(grid, 2 + self.kernel.spares, dtype=head.weight.dtype, device=hidden.device)
+        kept = self.kernel.dtype(self.dtypes[0])
+        buffers = tiles.Buffers(grid, 2 + self.kernel.spares, dtype=kept, device=hidden.device)
         value = torch.empty(len(hidden), dtype=wide(head.weight.dtype), device=hidden.device)
         into = Gradients(needed, hidden, head.weight, head.bias)
         with torch.autocast(hidden.device.type, enabled=False):
@@ -105,7 +108,7 @@ class _Comparison:
             device=weight.device,
             scratch=self.scratch,
             buffers=2 + self.kernel.spares + self.kernel.hidden_buffers,
-            dtype=weight.dtype,
+            dtype=self.kernel.dtype(self.dtypes[0]),
         )
 
 

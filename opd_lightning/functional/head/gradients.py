@@ -61,5 +61,7 @@ class Gradients:
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     if a.dtype == total.dtype:
         total.addmm_(a, b)
+    elif a.is_cuda:
+        total += torch.mm(a, b, out_dtype=total.dtype)  # not rounded in between
     else:
         total += a @ b

@@ -1,7 +1,7 @@
 """Tiles of the ``[n vocab]`` logits: their sizes, and what is computed on one of them, in place.
 
 All functions here are the reference; on a GPU Triton kernels take their place where they win
-(:mod:`~opd_lightning.functional.head.kernels`).
+(:mod:`~opd_lightning.functional.head.kernels`). ``dtype`` is that in which the raw products are kept.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from opd_lightning.functional.head.spec import Finish, wide
+from opd_lightning.functional.head.spec import Finish
 
 SCRATCH = 256 << 20
 """Bytes of logits that may be alive at once, unless told otherwise."""
@@ -23,6 +23,9 @@ _CACHED = 1 << 20
 
 _ROWS = 512
 """Rows of a CPU's tile; more do not make the products faster."""
+
+_GPU_ROWS = 16384
+"""Rows of a GPU's tile, so that it stays wide enough for its products however many positions there are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +59,7 @@ def tiling(
         elements = min(elements, _CACHED)
         rows = max(1, min(n, _ROWS, elements))
         return Tiling(n=n, vocab=vocab, rows=rows, columns=max(1, min(vocab, elements // rows)))
-    rows = max(1, min(n, elements))
+    rows = max(1, min(n, _GPU_ROWS, elements))
     return Tiling(n=n, vocab=vocab, rows=rows, columns=max(1, min(vocab, elements // rows)))
 
 
@@ -68,7 +71,7 @@ def whole_rows(
     scratch: int,
     buffers: int,
     dtype: torch.dtype,
-    least: int = 64,
+    least: int = 256,
 ) -> Tiling:
     """Return tiles that hold whole rows, at least one: for what must see a row's logits more than once.
 
@@ -84,7 +87,7 @@ class Buffers:
     """Scratch memory for the tiles of one pass, allocated once: fresh memory costs as much as the arithmetic."""
 
     def __init__(self, grid: Tiling, count: int, *, dtype: torch.dtype, device: torch.device) -> None:
-        self.flat = torch.empty(count, grid.rows * grid.columns, dtype=wide(dtype), device=device)
+        self.flat = torch.empty(count, grid.rows * grid.columns, dtype=dtype, device=device)
 
     def tensors(self, n: int, v: int) -> list[Float[Tensor, "n v"]]:
         """Return each buffer as a tile of this size."""
@@ -103,7 +106,7 @@ def multiply(
 def _elements(scratch: int, buffers: int, dtype: torch.dtype) -> int:
     if scratch < 1:
         raise ValueError(f"scratch must be at least 1 byte, got {scratch}")
-    return max(1, scratch // (buffers * wide(dtype).itemsize))
+    return max(1, scratch // (buffers * dtype.itemsize))
 
 
 def _slices(count: int, size: int) -> Iterator[slice]:

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from opd_lightning.functional.head import tiles
-from opd_lightning.functional.head.spec import Finish, Head, product_dtype
+from opd_lightning.functional.head.spec import Finish, Head, product_dtype, wide
 from opd_lightning.functional.selection import largest
 
 _DONE = Finish()
@@ -44,10 +44,11 @@ def top(
     if not 0 <= k <= head.vocab:
         raise ValueError(f"k must be between 0 and the vocabulary of {head.vocab}, got {k}")
     dtype, device = product_dtype(head.weight), hidden.device
+    count, kept = 2 if entropy else 1, wide(dtype)
     grid = tiles.whole_rows(
-        len(hidden), head.vocab, device=device, scratch=scratch, buffers=2, dtype=head.weight.dtype
+        len(hidden), head.vocab, device=device, scratch=scratch, buffers=count, dtype=kept
     )
-    buffers = tiles.Buffers(grid, 2 if entropy else 1, dtype=head.weight.dtype, device=device)
+    buffers = tiles.Buffers(grid, count, dtype=kept, device=device)
     weight, finish = head.weight.to(dtype), head.finish
     pieces: list[tuple[Tensor, ...]] = []
     with torch.autocast(device.type, enabled=False):
