@@ -134,14 +134,25 @@ def mean_of(values: Sequence[float]) -> float:
 
 def about(command: str, results: Iterable[Result]) -> str:
     """Return the command, the commits that the results were run at, and the machine in one sentence."""
+    commits = sorted({str(result.summary["git_commit"]) for result in results})
+    return _about(command, f"runs at commit {' and '.join(commits)}", "one thread a run")
+
+
+def about_here(command: str, how: str) -> str:
+    """Return the command, the commit of the checkout, ``how`` it was run and the machine in one sentence."""
+    from opd_lightning.commands import git_commit
+
+    return _about(command, f"at commit {git_commit()}", how)
+
+
+def _about(command: str, commits: str, how: str) -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         name = platform.processor() or platform.machine()
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
-    commits = sorted({str(result.summary["git_commit"]) for result in results})
     return (
-        f"`{command}`, runs at commit {' and '.join(commits)}, {date.today()}, on {name}, {os.cpu_count()} cores, "
-        f"one thread a run, Python {platform.python_version()}; load averages at the end {load}."
+        f"`{command}`, {commits}, {date.today()}, on {name}, {os.cpu_count()} cores, "
+        f"{how}, Python {platform.python_version()}; load averages at the end {load}."
     )

@@ -15,7 +15,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from opd_lightning.collector import Collector, check_sizes
 from opd_lightning.data import Evaluation, OnPolicyData
 from opd_lightning.errors import ConfigError, require
-from opd_lightning.loading import FrozenScorer, Loading, Reference, TeacherSource, load_scorer
+from opd_lightning.loading import FrozenScorer, Loading, Reference, TeacherSource, check_scratch, load_scorer
 from opd_lightning.lora import Lora
 from opd_lightning.models import check_dtype, pair_vocabulary, stop_ids
 from opd_lightning.module import OnPolicyDistillation
@@ -68,7 +68,7 @@ def assemble(
     scheduler: Callable[[Optimizer, int], LRScheduler] | None,
     reference: Reference | None = None,
     student_dtype: str = "float32",
-    head_chunk: int = 2048,
+    head_scratch_mb: float = 256,
     temperature: float = 1.0,
     lora: Lora | None = None,
     split: str = "validation",
@@ -76,14 +76,14 @@ def assemble(
 ) -> Run:
     """Load the models and build both halves around them, cheap checks first.
 
-    ``head_chunk`` is the number of positions whose logits are alive at once, ``temperature`` the scoring
+    ``head_scratch_mb`` bounds the logits that are alive at once, in MB, ``temperature`` is the scoring
     temperature, of every model alike. ``reference`` is loaded only if a part needs it (default: the
     starting student). ``lora`` puts adapters on the student, which are then all that is trained.
 
     Raises:
         ConfigError: anything that cannot work, before a weight is read wherever possible.
     """
-    _check_numbers(student_dtype, teacher.dtype, head_chunk, temperature)
+    _check_numbers(student_dtype, teacher.dtype, head_scratch_mb, temperature)
     _check_taught(objective, rollout)
     _check_weighted(objective, rollout)
     tokenizer, vocab = pair_vocabulary(student_path, teacher.path)
@@ -93,7 +93,7 @@ def assemble(
     training, validation = _prompts(task, tokenizer, collector, split, seed)
     adapt = None if lora is None else partial(lora.add_to, seed=seed)
     student = load_scorer(
-        student_path, "student.path", student_dtype, vocab, head_chunk, temperature, adapt
+        student_path, "student.path", student_dtype, vocab, head_scratch_mb, temperature, adapt
     ).train()
     stops = stop_ids(student.model, tokenizer)
     known = any(stop < vocab for stop in stops)
@@ -104,7 +104,7 @@ def assemble(
         student_dtype=student_dtype,
         tokenizer=tokenizer,
         vocab=vocab,
-        chunk=head_chunk,
+        scratch_mb=head_scratch_mb,
         temperature=temperature,
         max_prompt_tokens=collector.max_prompt_tokens,
         problems=training.known,
@@ -163,9 +163,11 @@ def _prompts(
     return training, prompts(held_out, 0, None) if len(held_out) else None
 
 
-def _check_numbers(student_dtype: str, teacher_dtype: str, head_chunk: int, temperature: float) -> None:
+def _check_numbers(
+    student_dtype: str, teacher_dtype: str, head_scratch_mb: float, temperature: float
+) -> None:
     check_dtype(student_dtype, "student.dtype")
-    require(head_chunk >= 1, "student.head_chunk", "be at least 1 position", head_chunk, "use 2048")
+    check_scratch(head_scratch_mb)
     check_dtype(teacher_dtype, "teacher.dtype")
     require(
         within(temperature, 1e-3, 1e3),

@@ -22,7 +22,7 @@ from opd_lightning.commands import build, check_seed, command, git_commit, plain
 from opd_lightning.diagnostics.horizon import DivergenceByPosition
 from opd_lightning.errors import require
 from opd_lightning.functional.divergence import reverse_kl
-from opd_lightning.loading import FrozenScorer, Loading, load_scorer
+from opd_lightning.loading import FrozenScorer, Loading, check_scratch, load_scorer
 from opd_lightning.models import check_dtype, pair_vocabulary, stop_ids
 from opd_lightning.prompts import Prompts
 from opd_lightning.protocols import Engine
@@ -34,7 +34,13 @@ SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p")
 KEYS = {
     *("task", "student", "teacher", "engine", "share", "rollouts", "split", *SAMPLING),
     *("max_prompt_tokens", "long_prompts", "batch", "seed", "accelerator"),
-    *("student.path", "student.dtype", "student.head_chunk", "student.scoring_temperature", "student.lora"),
+    *(
+        "student.path",
+        "student.dtype",
+        "student.head_scratch_mb",
+        "student.scoring_temperature",
+        "student.lora",
+    ),
 }
 _TERM = FullTerm("teacher", reverse_kl)
 
@@ -93,8 +99,8 @@ def load(config: DictConfig) -> Pair:
         seed=config.seed,
         group="",
     )
-    chunk, temperature = config.student.head_chunk, config.student.scoring_temperature
-    student = load_scorer(path, "student.path", dtype, vocab, chunk, temperature)
+    scratch, temperature = config.student.head_scratch_mb, config.student.scoring_temperature
+    student = load_scorer(path, "student.path", dtype, vocab, scratch, temperature)
     student = student.eval().requires_grad_(False).to(config.accelerator)
     loading = Loading(
         student=student,
@@ -102,7 +108,7 @@ def load(config: DictConfig) -> Pair:
         student_dtype=dtype,
         tokenizer=tokenizer,
         vocab=vocab,
-        chunk=chunk,
+        scratch_mb=scratch,
         temperature=temperature,
         max_prompt_tokens=config.max_prompt_tokens,
         problems=prompts.known,
@@ -137,10 +143,9 @@ def check(config: DictConfig) -> None:
         config.temperature > 0, "temperature", "be above 0", config.temperature, "use 0.7, as rollout=esr"
     )
     student = config.student
-    lora, chunk, tau = student.lora, student.head_chunk, student.scoring_temperature
+    lora, scratch, tau = student.lora, student.head_scratch_mb, student.scoring_temperature
     require(lora is None, "student.lora", "be null: untrained adapters change nothing", lora, "leave it out")
-    positions = isinstance(chunk, int) and chunk >= 1
-    require(positions, "student.head_chunk", "be at least 1 position", chunk, "use 2048")
+    check_scratch(scratch)
     scale, remedy = within(tau, 1e-3, 1e3), "use 1 for the models' own distributions"
     require(scale, "student.scoring_temperature", "be a number above 0", tau, remedy)
     there = {"cpu": True, "cuda": torch.cuda.is_available()}.get(config.accelerator, False)

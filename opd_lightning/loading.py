@@ -57,12 +57,18 @@ class SharedScorer(FrozenScorer):
         return self
 
 
+def check_scratch(scratch_mb: object) -> None:
+    """Raise ConfigError unless ``student.head_scratch_mb`` is a size."""
+    size = isinstance(scratch_mb, int | float) and not isinstance(scratch_mb, bool) and scratch_mb > 0
+    require(size, "student.head_scratch_mb", "be a number of MB above 0", scratch_mb, "use 256")
+
+
 def load_scorer(
     path: str,
     field: str,
     dtype: str,
     vocab: int,
-    chunk: int,
+    scratch_mb: float,
     temperature: float,
     change: Callable[[PreTrainedModel], None] | None = None,
 ) -> Scorer:
@@ -72,7 +78,7 @@ def load_scorer(
         field: what names the path, for errors.
         dtype: torch dtype of the weights.
         vocab: ids that are scored.
-        chunk: positions whose logits are alive at once.
+        scratch_mb: logits of every model that may be alive at once, in MB.
         temperature: scoring temperature.
         change: what is done to the model first, adapters for instance.
 
@@ -82,7 +88,7 @@ def load_scorer(
     model = load_model(path, field, dtype)
     if change is not None:
         change(model)
-    scorer = Scorer(model, vocab, chunk, temperature)
+    scorer = Scorer(model, vocab, int(scratch_mb * 2**20), temperature)
     check_head(scorer, path)
     return scorer
 
@@ -96,7 +102,7 @@ class Loading:
         student_path: where they came from; ``student_dtype`` as what.
         tokenizer: the student's.
         vocab: ids that both models know.
-        chunk: positions whose logits are alive at once.
+        scratch_mb: logits of every model that may be alive at once, in MB.
         temperature: scoring temperature of every model.
         max_prompt_tokens: longest prompt.
         problems: those that will be trained on, where they are known beforehand.
@@ -107,7 +113,7 @@ class Loading:
     student_dtype: str
     tokenizer: PreTrainedTokenizerBase
     vocab: int
-    chunk: int
+    scratch_mb: float
     temperature: float = 1.0
     max_prompt_tokens: int = 512
     problems: Sequence[Problem] = ()
@@ -129,7 +135,7 @@ class Loading:
         Raises:
             ConfigError: nothing that can be loaded lies at ``path``, or its head is not supported.
         """
-        scorer = load_scorer(path, field, dtype, self.vocab, self.chunk, self.temperature)
+        scorer = load_scorer(path, field, dtype, self.vocab, self.scratch_mb, self.temperature)
         return scorer.eval().requires_grad_(False)
 
 

@@ -93,6 +93,7 @@ class OnPolicyDistillation(L.LightningModule):
             self.objective.want,
             experience.support_ids,
             experience.hidden,
+            experience.share if self.objective.shares_alone else None,
         )
         loss, metrics = self.objective.loss(scores, experience, experience.progress)
         tokens = (experience.share > 0).sum().to(loss.dtype)

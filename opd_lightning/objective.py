@@ -111,6 +111,11 @@ class Objective:
         """Whose tokens some part puts into the loss."""
         return frozenset().union(*self.teachers.values())
 
+    @property
+    def shares_alone(self) -> bool:
+        """Whether a full term's factor in the loss is the token's share: nothing changes the estimator's weights."""
+        return not self.regularizers and not self.reduction.per_origin
+
     def mask(self, experience: Experience, world: World) -> Bool[Tensor, "batch time"]:
         """Return the tokens in the loss: inside the horizon, of an origin that a part teaches, not masked."""
         inside = experience.rollout.written_by(self.teaches)

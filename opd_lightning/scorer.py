@@ -28,19 +28,23 @@ class Scorer(nn.Module):
         model: a transformers causal language model.
         vocab: width of the vocabulary shared with the other model of the run; head rows at or above
             it are padding and do not exist for any probability (numerics.md, section 7).
-        chunk: positions whose logits are alive at once; memory of the head is ``chunk * vocab * 4`` bytes.
+        scratch: bytes of logits that may be alive at once, whatever the number of positions.
         temperature: the scoring temperature tau, of every probability that is read here: softmax(z / tau).
 
     :func:`check_head` tells whether the model's logits are what its head gives, as is assumed here.
     """
 
     def __init__(
-        self, model: PreTrainedModel, vocab: int | None = None, chunk: int = 2048, temperature: float = 1.0
+        self,
+        model: PreTrainedModel,
+        vocab: int | None = None,
+        scratch: int = heads.SCRATCH,
+        temperature: float = 1.0,
     ) -> None:
         super().__init__()
         self.model = model
         self.vocab: int = vocab or int(model.get_output_embeddings().weight.shape[0])
-        self.chunk = chunk
+        self.scratch = scratch
         self.temperature = temperature
         config = model.config.get_text_config()
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
@@ -48,10 +52,6 @@ class Scorer(nn.Module):
         # Other models, for full-vocabulary divergences; a plain attribute and no registered module, so that
         # none of their weights reaches an optimizer or a checkpoint.
         self.__dict__["_targets"] = {}
-
-    @property
-    def _scratch(self) -> int:
-        return 4 * self.chunk * self.vocab
 
     @property
     def device(self) -> torch.device:
@@ -80,10 +80,22 @@ class Scorer(nn.Module):
         hidden: Float[Tensor, "n hidden"],
         target_hidden: Float[Tensor, "n width"],
         term: FullTerm,
+        share: Float[Tensor, " n"] | None = None,
     ) -> Float[Tensor, " n"]:
-        """Return a full-vocabulary divergence from this model's and a named target's hidden states."""
+        """Return a full-vocabulary divergence from this model's and a named target's hidden states.
+
+        ``share`` is a hint at each value's factor in the loss; see :func:`~opd_lightning.functional.head.full`.
+        """
         target = self.__dict__["_targets"][term.target]
-        return heads.full(hidden, self.head, target_hidden, target.head, term.divergence, scratch=self._scratch)
+        return heads.full(
+            hidden,
+            self.head,
+            target_hidden,
+            target.head,
+            term.divergence,
+            share=share,
+            scratch=self.scratch,
+        )
 
     def forward(
         self,
@@ -91,12 +103,14 @@ class Scorer(nn.Module):
         want: Want,
         support_ids: Int[Tensor, "batch time k"] | None = None,
         hidden_of: Mapping[str, Tensor] | None = None,
+        share: Float[Tensor, "batch time"] | None = None,
     ) -> Scores:
         """Score every response token; see :class:`~opd_lightning.types.Want` and ``Scores``.
 
         Only positions that predict a response token reach the head, in fp32 accumulation. The temperature
         is this scorer's and no truncation applies, whatever the sampler did. ``hidden_of`` holds the hidden
-        states ``[batch time width]`` of the targets that full terms compare with.
+        states ``[batch time width]`` of the targets that full terms compare with, ``share`` a hint at each
+        token's factor in the loss, which spares a full term's backward pass its products.
         """
         mask = tokens.mask
         hidden = self._hidden(tokens)
@@ -109,8 +123,9 @@ class Scorer(nn.Module):
             scores |= self._exact(hidden, tokens, want, support_ids)
         if want.full:
             assert hidden_of is not None
+            hint = None if share is None else share[mask]
             scores["full"] = {
-                term: _fill(self.compare(hidden, hidden_of[term.target][mask], term), mask)
+                term: _fill(self.compare(hidden, hidden_of[term.target][mask], term, hint), mask)
                 for term in want.full
             }
         if want.hidden:
@@ -120,7 +135,7 @@ class Scorer(nn.Module):
     def _exact(
         self, hidden: Float[Tensor, "n hidden"], tokens: TokenBatch, want: Want, support_ids: Tensor | None
     ) -> dict[str, Tensor | None]:
-        """Everything that needs the true normaliser, in one pass of chunks."""
+        """Everything that needs the true normaliser, in one pass over the head."""
         mask = tokens.mask
         ids = tokens.ids[mask].unsqueeze(-1)
         if want.support != "none":
@@ -129,10 +144,10 @@ class Scorer(nn.Module):
         top_ids = top_logp = None
         if want.top:
             top_ids, top_logp, logp, entropy = heads.top(
-                hidden, self.head, want.top, ids, entropy=want.entropy, scratch=self._scratch
+                hidden, self.head, want.top, ids, entropy=want.entropy, scratch=self.scratch
             )
         else:
-            logp, entropy = heads.exact(hidden, self.head, ids, entropy=want.entropy, scratch=self._scratch)
+            logp, entropy = heads.exact(hidden, self.head, ids, entropy=want.entropy, scratch=self.scratch)
         return {
             "taken_logp": _fill(logp[:, 0], mask) if want.taken else None,
             "support_logp": _fill(logp[:, 1:], mask) if want.support != "none" else None,

@@ -65,7 +65,7 @@ def test_scores_equal_dense_logits(name):
     ids = torch.randint(0, VOCAB, (*rollout.ids.shape, 3))
     want = Want(taken=True, support="exact", entropy=True, top=4)
     with torch.no_grad():
-        scores = Scorer(model, chunk=7)(rollout.tokens, want, ids)
+        scores = Scorer(model, scratch=1344)(rollout.tokens, want, ids)
         expected = dense(model, rollout)
     mask = rollout.mask
     taken = expected.gather(-1, rollout.ids.unsqueeze(-1)).squeeze(-1)
@@ -95,7 +95,7 @@ def test_renormalised_scores_are_a_softmax_over_the_given_ids():
 def test_full_divergence_equals_the_dense_one_and_its_gradient():
     student, teacher, rollout = tiny_model(1), tiny_model(2, hidden=40), random_rollout(4)
     hidden = Scorer(teacher)(rollout.tokens, Want(hidden=True)).hidden.detach()
-    scorer = Scorer(student, chunk=3)
+    scorer = Scorer(student, scratch=576)
     scorer.set_target("teacher", Scorer(teacher.requires_grad_(False)))
     term = FullTerm("teacher", ReverseKL())
     scores = scorer(rollout.tokens, Want(full=frozenset({term})), None, {"teacher": hidden})

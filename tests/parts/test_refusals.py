@@ -229,7 +229,7 @@ def test_a_teacher_at_another_temperature(temperature):
         student_dtype="float32",
         tokenizer=load_tokenizer("builtin:word_problems/student", "student.path"),
         vocab=WIDTH,
-        chunk=16,
+        scratch_mb=1,
         temperature=1.0,
     )
     field = "teacher.scoring_temperature"

@@ -62,7 +62,7 @@ def loading(student: Scorer, **more) -> Loading:
         "student_dtype": "float32",
         "tokenizer": TOKENIZER,
         "vocab": WIDTH,
-        "chunk": 64,
+        "scratch_mb": 1,
         "problems": PROBLEMS,
     }
     return Loading(student=student, **settings | more)
@@ -70,7 +70,7 @@ def loading(student: Scorer, **more) -> Loading:
 
 @pytest.fixture
 def student() -> Scorer:
-    return Scorer(tiny_model(1, vocab=WIDTH), chunk=64).train()
+    return Scorer(tiny_model(1, vocab=WIDTH), scratch=12288).train()
 
 
 @pytest.fixture
@@ -209,7 +209,7 @@ def test_the_average_of_a_student_with_adapters_is_the_adapters(student):
 def test_frozen_weights_are_loaded_again(tmp_path, rollout):
     path = str(save_model(tmp_path / "student"))
     source = teacher(path=path, weights="initial")
-    student = Scorer(tiny_model(1, vocab=WIDTH), chunk=64)
+    student = Scorer(tiny_model(1, vocab=WIDTH), scratch=12288)
     loaded = source.load(loading(student, student_path=path))
     assert type(loaded) is FrozenScorer
     assert not isinstance(loaded, Follows)
