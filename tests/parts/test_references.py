@@ -57,13 +57,13 @@ def train(scorer: Scorer) -> None:
 def adapted() -> Scorer:
     model = tiny_model(3, vocab=WIDTH)
     Lora(rank=2, alpha=4, dropout=0.5, target_modules="all-linear").add_to(model, 0)
-    return Scorer(model, scratch=12288).train()
+    return Scorer(model, scratch=1 << 20).train()
 
 
 def test_the_initial_student_is_read_from_its_path(tmp_path):
     """As on resuming: the student that is given has long been trained."""
     path = save_model(tmp_path / "student")
-    student = Scorer(load_model(str(path), "student.path"), scratch=12288)
+    student = Scorer(load_model(str(path), "student.path"), scratch=1 << 20)
     before = scores(student)
     train(student)
     reference = Initial().load(loading(student, path))
@@ -73,7 +73,7 @@ def test_the_initial_student_is_read_from_its_path(tmp_path):
 
 
 def test_without_its_adapters_the_student_is_what_it_was(adapted):
-    plain = Scorer(tiny_model(3, vocab=WIDTH), scratch=12288).eval()
+    plain = Scorer(tiny_model(3, vocab=WIDTH), scratch=1 << 20).eval()
     reference = AdapterOff().load(loading(adapted))
     train(adapted)
     gradients = {name: p.requires_grad for name, p in adapted.named_parameters()}
@@ -109,7 +109,7 @@ def test_another_model(tmp_path):
     path = save_model(tmp_path / "other", seed=4, vocab=WIDTH + 16)
     reference = Path(path=str(path), dtype="float32").load(loading(Scorer(tiny_model(vocab=WIDTH))))
     assert reference.scorer.vocab == WIDTH
-    assert equal(scores(reference), scores(Scorer(load_model(str(path), "path"), WIDTH, scratch=12288)))
+    assert equal(scores(reference), scores(Scorer(load_model(str(path), "path"), WIDTH, scratch=1 << 20)))
 
 
 def test_another_model_must_fit(tmp_path):

@@ -70,7 +70,7 @@ def loading(student: Scorer, **more) -> Loading:
 
 @pytest.fixture
 def student() -> Scorer:
-    return Scorer(tiny_model(1, vocab=WIDTH), scratch=12288).train()
+    return Scorer(tiny_model(1, vocab=WIDTH), scratch=1 << 20).train()
 
 
 @pytest.fixture
@@ -209,7 +209,7 @@ def test_the_average_of_a_student_with_adapters_is_the_adapters(student):
 def test_frozen_weights_are_loaded_again(tmp_path, rollout):
     path = str(save_model(tmp_path / "student"))
     source = teacher(path=path, weights="initial")
-    student = Scorer(tiny_model(1, vocab=WIDTH), scratch=12288)
+    student = Scorer(tiny_model(1, vocab=WIDTH), scratch=1 << 20)
     loaded = source.load(loading(student, student_path=path))
     assert type(loaded) is FrozenScorer
     assert not isinstance(loaded, Follows)
