@@ -15,6 +15,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from opd_lightning.collector import Collector, check_sizes
 from opd_lightning.data import Evaluation, OnPolicyData
 from opd_lightning.errors import ConfigError, require
+from opd_lightning.layout import check_layout
 from opd_lightning.loading import FrozenScorer, Loading, Reference, TeacherSource, check_scratch, load_scorer
 from opd_lightning.lora import Lora
 from opd_lightning.models import check_dtype, pair_vocabulary, stop_ids
@@ -70,6 +71,7 @@ def assemble(
     student_dtype: str = "float32",
     head_scratch_mb: float = 256,
     temperature: float = 1.0,
+    layout: str = "auto",
     lora: Lora | None = None,
     split: str = "validation",
     seed: int = 0,
@@ -77,13 +79,15 @@ def assemble(
     """Load the models and build both halves around them, cheap checks first.
 
     ``head_scratch_mb`` bounds the logits that are alive at once, in MB, ``temperature`` is the scoring
-    temperature, of every model alike. ``reference`` is loaded only if a part needs it (default: the
-    starting student). ``lora`` puts adapters on the student, which are then all that is trained.
+    temperature, ``layout`` the way of the rows through the backbone, of every model alike. ``reference`` is
+    loaded only if a part needs it (default: the starting student). ``lora`` puts adapters on the student,
+    which are then all that is trained.
 
     Raises:
         ConfigError: anything that cannot work, before a weight is read wherever possible.
     """
     _check_numbers(student_dtype, teacher.dtype, head_scratch_mb, temperature)
+    check_layout(layout)
     _check_taught(objective, rollout)
     _check_weighted(objective, rollout)
     tokenizer, vocab = pair_vocabulary(student_path, teacher.path)
@@ -93,7 +97,7 @@ def assemble(
     training, validation = _prompts(task, tokenizer, collector, split, seed)
     adapt = None if lora is None else partial(lora.add_to, seed=seed)
     student = load_scorer(
-        student_path, "student.path", student_dtype, vocab, head_scratch_mb, temperature, adapt
+        student_path, "student.path", student_dtype, vocab, head_scratch_mb, temperature, layout, adapt
     ).train()
     stops = stop_ids(student.model, tokenizer)
     known = any(stop < vocab for stop in stops)
@@ -106,6 +110,7 @@ def assemble(
         vocab=vocab,
         scratch_mb=head_scratch_mb,
         temperature=temperature,
+        layout=layout,
         max_prompt_tokens=collector.max_prompt_tokens,
         problems=training.known,
     )

@@ -22,6 +22,7 @@ from opd_lightning.commands import build, check_seed, command, git_commit, plain
 from opd_lightning.diagnostics.horizon import DivergenceByPosition
 from opd_lightning.errors import require
 from opd_lightning.functional.divergence import reverse_kl
+from opd_lightning.layout import check_layout
 from opd_lightning.loading import FrozenScorer, Loading, check_scratch, load_scorer
 from opd_lightning.models import check_dtype, pair_vocabulary, stop_ids
 from opd_lightning.prompts import Prompts
@@ -34,13 +35,8 @@ SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p")
 KEYS = {
     *("task", "student", "teacher", "engine", "share", "rollouts", "split", *SAMPLING),
     *("max_prompt_tokens", "long_prompts", "batch", "seed", "accelerator"),
-    *(
-        "student.path",
-        "student.dtype",
-        "student.head_scratch_mb",
-        "student.scoring_temperature",
-        "student.lora",
-    ),
+    *("student.path", "student.dtype", "student.head_scratch_mb", "student.scoring_temperature"),
+    *("student.layout", "student.lora"),
 }
 _TERM = FullTerm("teacher", reverse_kl)
 
@@ -100,7 +96,8 @@ def load(config: DictConfig) -> Pair:
         group="",
     )
     scratch, temperature = config.student.head_scratch_mb, config.student.scoring_temperature
-    student = load_scorer(path, "student.path", dtype, vocab, scratch, temperature)
+    layout = config.student.layout
+    student = load_scorer(path, "student.path", dtype, vocab, scratch, temperature, layout)
     student = student.eval().requires_grad_(False).to(config.accelerator)
     loading = Loading(
         student=student,
@@ -110,6 +107,7 @@ def load(config: DictConfig) -> Pair:
         vocab=vocab,
         scratch_mb=scratch,
         temperature=temperature,
+        layout=layout,
         max_prompt_tokens=config.max_prompt_tokens,
         problems=prompts.known,
     )
@@ -148,6 +146,7 @@ def check(config: DictConfig) -> None:
     check_scratch(scratch)
     scale, remedy = within(tau, 1e-3, 1e3), "use 1 for the models' own distributions"
     require(scale, "student.scoring_temperature", "be a number above 0", tau, remedy)
+    check_layout(student.layout)
     there = {"cpu": True, "cuda": torch.cuda.is_available()}.get(config.accelerator, False)
     remedy = "use cpu"
     require(there, "accelerator", "be cpu, or cuda where there is a GPU", config.accelerator, remedy)

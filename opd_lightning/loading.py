@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from opd_lightning.errors import require
+from opd_lightning.layout import check_packed
 from opd_lightning.models import evaluating, load_model
 from opd_lightning.scorer import Scorer, check_head
 from opd_lightning.types import Problem, PromptBatch, Scores, TokenBatch, Want
@@ -70,6 +71,7 @@ def load_scorer(
     vocab: int,
     scratch_mb: float,
     temperature: float,
+    layout: str,
     change: Callable[[PreTrainedModel], None] | None = None,
 ) -> Scorer:
     """Load the model at ``path`` behind a scorer whose head is known to be read rightly.
@@ -80,15 +82,17 @@ def load_scorer(
         vocab: ids that are scored.
         scratch_mb: logits of every model that may be alive at once, in MB.
         temperature: scoring temperature.
+        layout: how rows go through the backbone.
         change: what is done to the model first, adapters for instance.
 
     Raises:
-        ConfigError: nothing that can be loaded lies at ``path``, or its head is not supported.
+        ConfigError: nothing that can be loaded lies at ``path``, or its head or the layout is not supported.
     """
     model = load_model(path, field, dtype)
     if change is not None:
         change(model)
-    scorer = Scorer(model, vocab, int(scratch_mb * 2**20), temperature)
+    check_packed(model, layout, path)
+    scorer = Scorer(model, vocab, int(scratch_mb * 2**20), temperature, layout)
     check_head(scorer, path)
     return scorer
 
@@ -104,6 +108,7 @@ class Loading:
         vocab: ids that both models know.
         scratch_mb: logits of every model that may be alive at once, in MB.
         temperature: scoring temperature of every model.
+        layout: how rows go through each backbone.
         max_prompt_tokens: longest prompt.
         problems: those that will be trained on, where they are known beforehand.
     """
@@ -115,6 +120,7 @@ class Loading:
     vocab: int
     scratch_mb: float
     temperature: float = 1.0
+    layout: str = "auto"
     max_prompt_tokens: int = 512
     problems: Sequence[Problem] = ()
 
@@ -135,7 +141,7 @@ class Loading:
         Raises:
             ConfigError: nothing that can be loaded lies at ``path``, or its head is not supported.
         """
-        scorer = load_scorer(path, field, dtype, self.vocab, self.scratch_mb, self.temperature)
+        scorer = load_scorer(path, field, dtype, self.vocab, self.scratch_mb, self.temperature, self.layout)
         return scorer.eval().requires_grad_(False)
 
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from opd_lightning.errors import ConfigError
 from opd_lightning.functional import head as heads
+from opd_lightning.layout import last_states
 from opd_lightning.types import FullTerm, Scores, TokenBatch, Want
 
 
@@ -30,6 +31,8 @@ class Scorer(nn.Module):
             it are padding and do not exist for any probability (numerics.md, section 7).
         scratch: bytes of logits that may be alive at once, whatever the number of positions.
         temperature: the scoring temperature tau, of every probability that is read here: softmax(z / tau).
+        layout: how rows go through the backbone, one of :data:`~opd_lightning.layout.LAYOUTS`; no score
+            depends on it but by rounding.
 
     :func:`check_head` tells whether the model's logits are what its head gives, as is assumed here.
     """
@@ -40,12 +43,14 @@ class Scorer(nn.Module):
         vocab: int | None = None,
         scratch: int = heads.SCRATCH,
         temperature: float = 1.0,
+        layout: str = "auto",
     ) -> None:
         super().__init__()
         self.model = model
         self.vocab: int = vocab or int(model.get_output_embeddings().weight.shape[0])
         self.scratch = scratch
         self.temperature = temperature
+        self.layout = layout
         config = model.config.get_text_config()
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self.logit_scale: float = _logit_scale(config)
@@ -157,29 +162,8 @@ class Scorer(nn.Module):
         }
 
     def _hidden(self, tokens: TokenBatch) -> Float[Tensor, "n hidden"]:
-        """Last hidden states that predict each response token, response order, padding removed.
-
-        Rows are moved to the left so that padding is on the right only: a causal model then needs no
-        attention mask, which is the fastest layout that was measured (STACK.md, section 6).
-        """
-        ids, starts, longest = _left_aligned(tokens)
-        states = self.model.base_model(input_ids=ids[:, :longest], use_cache=False)[0]
-        time = torch.arange(tokens.ids.shape[1], device=ids.device)
-        positions = (starts.unsqueeze(-1) - 1 + time).clamp_(max=states.shape[1] - 1)
-        rows = torch.arange(len(ids), device=ids.device).unsqueeze(-1).expand_as(positions)
-        mask = tokens.mask
-        return states[rows[mask], positions[mask]]
-
-
-def _left_aligned(
-    tokens: TokenBatch,
-) -> tuple[Int[Tensor, "batch length"], Int[Tensor, " batch"], int]:
-    """Return ids with each row's prompt and response moved to the left, prompt lengths, longest row."""
-    ids = torch.cat([tokens.prompt_ids, tokens.ids], -1)
-    exists = torch.cat([tokens.prompt_mask, tokens.mask], -1)
-    order = torch.argsort(exists.logical_not(), dim=-1, stable=True)
-    longest = max(int(exists.sum(-1).max()), 1)
-    return ids.gather(-1, order), tokens.prompt_mask.sum(-1), longest
+        """Last hidden states that predict each response token, response order, padding removed."""
+        return last_states(self.model, tokens, self.layout)
 
 
 def _fill(values: Tensor, mask: Bool[Tensor, "batch time"]) -> Tensor:

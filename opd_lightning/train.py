@@ -40,7 +40,7 @@ KEYS = {
     *("regularizer", "mask", "reduction", "collector", "evaluation", "optimizer", "scheduler", "trainer"),
     *("strategy", "logger", "callbacks", "reference", "seed"),
     *("student.path", "student.dtype", "student.head_scratch_mb", "student.scoring_temperature"),
-    "student.lora",
+    *("student.layout", "student.lora"),
     *("evaluation.split", "evaluation.every_steps", "evaluation.settings", "evaluation.teacher"),
     *(f"collector.{field.name}" for field in fields(CollectorSettings)),
 }
@@ -84,6 +84,7 @@ def run_from(config: DictConfig) -> Run:
         student_dtype=config.student.dtype,
         head_scratch_mb=config.student.head_scratch_mb,
         temperature=config.student.scoring_temperature,
+        layout=config.student.layout,
         lora=lora_from(config),
         split=config.evaluation.split,
         seed=config.seed,

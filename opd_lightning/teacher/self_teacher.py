@@ -135,7 +135,7 @@ class SelfTeacher:
         # In 16 bits a thousandth of a change is lost in rounding, and the average would stand still.
         wide = all(torch.finfo(held[name].dtype).bits >= 32 for name in averaged)
         require(wide, "teacher.dtype", "be at least float32 for a moving average", self.dtype, "use float32")
-        return Scorer(model, student.vocab, student.scratch, student.temperature)
+        return Scorer(model, student.vocab, student.scratch, student.temperature, student.layout)
 
 
 @dataclass(frozen=True, kw_only=True)

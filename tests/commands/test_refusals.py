@@ -73,6 +73,7 @@ SETTINGS = [
     (["optimizer.lr=-1"], "optimizer", ["AdamW", "-1"]),
     (["scheduler.final=2"], "scheduler.final", ["in [0, 1]", "got 2"]),
     (["student.dtype=int8"], "student.dtype", ["got 'int8'", "bfloat16"]),
+    (["student.layout=dense"], "student.layout", ["auto, padded, buckets, packed", "got 'dense'"]),
     (["teacher.dtype=wrong"], "teacher.dtype", ["got 'wrong'", "bfloat16"]),
     (["seed=-1"], "seed", ["got -1"]),
     (["seed=word"], "seed", ["got 'word'"]),

@@ -9,6 +9,7 @@ from tiny import random_experience, tiny_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
+from opd_lightning import layout
 from opd_lightning.engine.transformers import TransformersEngine
 from opd_lightning.scorer import Scorer
 from opd_lightning.sharding import decoder_layers, shard, unsharded
@@ -62,6 +63,20 @@ def test_a_sharded_student_learns_the_same(pair, want):
         torch.testing.assert_close(learn(sharded, want), learn(whole, want), atol=1e-4, rtol=1e-6)
     assert_equal_weights(sharded, whole)
     assert any((p - q).abs().max() > 1e-2 for p, q in zip(before, whole.parameters(), strict=True))
+
+
+def test_a_sharded_student_is_called_once_whatever_its_rows(pair, monkeypatch):
+    """Each call gathers the weights on all ranks together, and ranks have rows of other lengths."""
+    monkeypatch.setitem(layout.CALL_WORK, "cpu", 0.0)
+    calls = []
+    for scorer in pair:
+        scorer.model.base_model.register_forward_pre_hook(lambda module, _: calls.append(module))
+        scorer.layout = "buckets"
+    with unsharded(pair[0]):
+        pair[0](BATCH.rollout.tokens, WANTS["support"], BATCH.support_ids)
+    calls.clear()
+    torch.testing.assert_close(*(learn(scorer, WANTS["support"]) for scorer in pair), atol=1e-4, rtol=1e-6)
+    assert [sum(c is s.model.base_model for c in calls) for s in pair] == [1, 4]
 
 
 def test_generation_sees_whole_weights_as_they_are_now(pair):
