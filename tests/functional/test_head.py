@@ -338,6 +338,18 @@ def test_bf16_head_against_float64():
         assert gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_rounded_products_still_make_a_distribution(autocast):
+    """The asked logits are rounded as those in the normaliser are: no probability above 1, and 1 in all."""
+    hidden, head, _ = make(200, dtype=torch.float32 if autocast else torch.bfloat16)
+    ids = torch.arange(VOCAB).expand(200, -1)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        logp = exact(4 * hidden, head, ids, entropy=False).logp
+        best = top(4 * hidden, head, 5, ids, entropy=False)
+    torch.testing.assert_close(logp.exp().sum(-1), torch.ones(200), atol=1e-5, rtol=0)
+    assert torch.equal(best.asked_logp.topk(5).values, best.logp)
+
+
 def test_frequent_rows_of_a_bf16_head_keep_their_gradient():
     """4096 equal terms on one row: a sum in bf16 would stop growing at 256 of them."""
     weight = torch.zeros(2, 3, dtype=torch.bfloat16, requires_grad=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -26,6 +26,7 @@ class Sides(NamedTuple):
     teacher_finish: Finish
 
 
+@runtime_checkable
 class Comparing(Protocol):
     """From both sides' raw products to values and gradients.
 

@@ -1,8 +1,7 @@
 """Log-probs at given ids and entropies under the full softmax, tile by tile.
 
-The log-prob of an id is its logit less the normaliser: the logits come from the rows that are asked for
-(:mod:`~opd_lightning.functional.head.gathered`), the normaliser and the entropy from every tile of the
-``[n vocab]`` logits, of which the backward pass computes each once more. Four matrix products in all.
+Every tile of the ``[n vocab]`` logits gives its part of the normaliser and of the entropy, and the logits of
+those ids that fall into it; the backward pass computes each tile once more. Four matrix products in all.
 """
 
 from __future__ import annotations
@@ -11,15 +10,14 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from opd_lightning.functional.head import tiles
-from opd_lightning.functional.head.gathered import support_logits
 from opd_lightning.functional.head.gradients import Gradients
 from opd_lightning.functional.head.kernels import Kernels, kernels
-from opd_lightning.functional.head.spec import Head, product_dtype, wide
+from opd_lightning.functional.head.spec import Head, product_dtype, upcast, wide
 
 
 class Exact(NamedTuple):
@@ -44,7 +42,6 @@ def exact(
     Raises:
         ValueError: if ``scratch`` is not positive.
     """
-    logits = support_logits(hidden, head, ids)
     settings = _Settings(
         head=head.detach(),
         entropy=entropy,
@@ -52,13 +49,13 @@ def exact(
         dtype=product_dtype(head.weight),
         kernels=kernels(head.weight),
     )
-    lse, information = _Normaliser.apply(hidden, head.weight, head.bias, settings)
-    return Exact(logits - lse.unsqueeze(-1), information if entropy else None)
+    logp, information = _Exact.apply(hidden, head.weight, head.bias, ids, settings)
+    return Exact(logp, information if entropy else None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Settings:
-    """What the normaliser's two passes share; ``dtype`` is that of the matrix products."""
+    """What the two passes share; ``dtype`` is that of the matrix products."""
 
     head: Head
     entropy: bool
@@ -74,40 +71,45 @@ class _Settings:
         return grid, tiles.Buffers(grid, count, **kept)
 
 
-class _Normaliser(torch.autograd.Function):
-    """logsumexp(z) and the entropy of softmax(z), z the head's logits at every position."""
+class _Exact(torch.autograd.Function):
+    """Log-probs of the asked ids and the entropy of softmax(z), z the head's logits at every position."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, settings: _Settings
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, settings: _Settings
     ) -> tuple[Tensor, Tensor]:
         (grid, buffers), narrow = settings.tiling(len(hidden)), hidden.to(settings.dtype)
-        columns = len(list(grid.slices()))
-        lse = torch.empty(len(hidden), columns, dtype=wide(weight.dtype), device=hidden.device)
+        like: Any = {"dtype": wide(weight.dtype), "device": hidden.device}
+        lse = torch.empty(len(hidden), grid.width, **like)
         entropy = torch.empty_like(lse) if settings.entropy else None
+        asked = torch.zeros(ids.shape, **like)
         with torch.autocast(hidden.device.type, enabled=False):
             for i, v in enumerate(grid.slices()):
                 part, finish = weight[v].to(settings.dtype), settings.head.cut(v).finish
                 for t in grid.blocks():
                     raw, *spare = buffers.tensors(len(narrow[t]), len(part))
                     tiles.multiply(narrow[t], part, raw)
+                    inside, place = _placed(ids[t], v)
+                    asked[t] = torch.where(inside, raw.gather(-1, place).to(asked.dtype), asked[t])
                     lse[t, i], found = settings.kernels.statistics(
                         raw, finish, spare[0] if spare else None, settings.entropy
                     )
                     if entropy is not None and found is not None:
                         entropy[t, i] = found
         whole, information = tiles.joined(lse, entropy)
-        ctx.save_for_backward(hidden, weight, bias, whole, information)
+        logits = settings.head.finish.capped(asked if bias is None else asked + upcast(bias)[ids])
+        ctx.save_for_backward(hidden, weight, bias, ids, logits, whole, information)
         ctx.settings = settings
-        return whole, whole.new_zeros(()) if information is None else information
+        return logits - whole.unsqueeze(-1), whole.new_zeros(()) if information is None else information
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, pull: Tensor, entropy_pull: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, lse, entropy = ctx.saved_tensors
+        hidden, weight, bias, ids, logits, lse, entropy = ctx.saved_tensors
         settings: _Settings = ctx.settings
         (grid, buffers), narrow = settings.tiling(len(hidden)), hidden.to(settings.dtype)
         into = Gradients(ctx.needs_input_grad, hidden, weight, bias)
+        lse_pull, asked_pull = -pull.sum(-1), settings.head.finish.pull_back_(pull.clone(), logits)
         with torch.autocast(hidden.device.type, enabled=False):
             for v in grid.slices():
                 part, finish = weight[v].to(settings.dtype), settings.head.cut(v).finish
@@ -116,7 +118,15 @@ class _Normaliser(torch.autograd.Function):
                     tiles.multiply(narrow[t], part, raw)
                     more, its_pull = (None, None) if entropy is None else (entropy[t], entropy_pull[t])
                     other = spare[0] if spare else None
-                    grad = settings.kernels.gradient(raw, finish, lse[t], pull[t], more, its_pull, other)
+                    grad = settings.kernels.gradient(raw, finish, lse[t], lse_pull[t], more, its_pull, other)
+                    inside, place = _placed(ids[t], v)
+                    grad.scatter_add_(-1, place, torch.where(inside, asked_pull[t], 0.0).to(grad.dtype))
                     into.add(t, v, grad, narrow[t], part)
                 into.close(v)
-        return (*into.results(), None)
+        return (*into.results(), None, None)
+
+
+def _placed(ids: Int[Tensor, "n k"], v: slice) -> tuple[Bool[Tensor, "n k"], Int[Tensor, "n k"]]:
+    """Return which ids fall into a slice of the vocabulary, and their places there (0 for the others)."""
+    inside = (ids >= v.start) & (ids < v.stop)
+    return inside, torch.where(inside, ids - v.start, 0)

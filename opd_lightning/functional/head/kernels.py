@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -12,6 +12,7 @@ from opd_lightning.functional.head import gathered_torch, tiles, triton_gather, 
 from opd_lightning.functional.head.spec import Finish, wide
 
 
+@runtime_checkable
 class Kernels(Protocol):
     """Work on a tile of raw products, which may be overwritten, and on the rows of a head at given ids."""
 

@@ -37,6 +37,11 @@ class Tiling:
     rows: int
     columns: int
 
+    @property
+    def width(self) -> int:
+        """Number of slices."""
+        return -(-self.vocab // self.columns)
+
     def slices(self) -> Iterator[slice]:
         """Yield the slices of the vocabulary."""
         return _slices(self.vocab, self.columns)
@@ -60,7 +65,9 @@ def tiling(
         rows = max(1, min(n, _ROWS, elements))
         return Tiling(n=n, vocab=vocab, rows=rows, columns=max(1, min(vocab, elements // rows)))
     rows = max(1, min(n, _GPU_ROWS, elements))
-    return Tiling(n=n, vocab=vocab, rows=rows, columns=max(1, min(vocab, elements // rows)))
+    columns = max(1, min(vocab, elements // rows))
+    # A slice that begins at a multiple of 128 keeps the products aligned and the kernels' reads wide.
+    return Tiling(n=n, vocab=vocab, rows=rows, columns=columns // 128 * 128 or columns)
 
 
 def whole_rows(
