@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from opd_lightning.collector import Collector, check_sizes
+from opd_lightning.buffer import micro_batch_count
+from opd_lightning.collector import Collector, check_sizes, longest_row
 from opd_lightning.data import Evaluation, OnPolicyData
 from opd_lightning.errors import ConfigError, require
 from opd_lightning.layout import check_layout
@@ -40,9 +41,12 @@ class CollectorSettings:
     max_prompt_tokens: int
     long_prompts: Literal["drop", "refuse"]
     prompt_pool: int | None = None
+    score_tokens: int | None = None
+    micro_batch_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        check_sizes(self.prompts_per_collection, self.steps_per_collection, self.score_rows, self.probe_rows)
+        sizes = (self.prompts_per_collection, self.steps_per_collection, self.score_rows, self.probe_rows)
+        check_sizes(*sizes, self.score_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +92,8 @@ def assemble(
     """
     _check_numbers(student_dtype, teacher.dtype, head_scratch_mb, temperature)
     check_layout(layout)
+    if collector.micro_batch_tokens is not None:
+        micro_batch_count(1, longest_row(rollout, collector.max_prompt_tokens), collector.micro_batch_tokens)
     _check_taught(objective, rollout)
     _check_weighted(objective, rollout)
     tokenizer, vocab = pair_vocabulary(student_path, teacher.path)
@@ -137,6 +143,8 @@ def assemble(
         steps_per_collection=collector.steps_per_collection,
         score_rows=collector.score_rows,
         probe_rows=collector.probe_rows,
+        score_tokens=collector.score_tokens,
+        micro_batch_tokens=collector.micro_batch_tokens,
     )
     follower = frozen if isinstance(frozen, Follows) else None
     module = OnPolicyDistillation(student, objective, optimizer, scheduler, follower)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from opd_lightning.buffer import micro_batches
+from opd_lightning.buffer import micro_batch_count, micro_batches
 from opd_lightning.clock import PhaseClock
 from opd_lightning.diagnostics.collection import CollectionReport, describe
-from opd_lightning.errors import require
+from opd_lightning.errors import ConfigError, require
 from opd_lightning.grades import grade, respond_and_grade
 from opd_lightning.objective import Objective
 from opd_lightning.prompts import Prompts
 from opd_lightning.protocols import Engine, RolloutSampler, Scoring, Task
+from opd_lightning.schedule import value_at
 from opd_lightning.scorer import Scorer
 from opd_lightning.scoring import ScoringPass
 from opd_lightning.types import Experience, Graded, Rollout, Sampling, Scores, Want
@@ -24,7 +26,11 @@ from opd_lightning.writing import counted, writers_for
 
 
 def check_sizes(
-    prompts_per_collection: int, steps_per_collection: int, score_rows: int, probe_rows: int
+    prompts_per_collection: int,
+    steps_per_collection: int,
+    score_rows: int,
+    probe_rows: int,
+    score_tokens: int | None = None,
 ) -> None:
     """Raise ConfigError unless the sizes of a collection fit together; needs no model."""
     least = {
@@ -33,6 +39,8 @@ def check_sizes(
         "probe_rows": (probe_rows, 0, "use 0 for no probe"),
         "prompts_per_collection": (prompts_per_collection, 1, f"use {steps_per_collection}"),
     }
+    if score_tokens is not None:
+        least["score_tokens"] = (score_tokens, 1, "use null for score_rows responses each")
     for name, (value, low, remedy) in least.items():
         whole = isinstance(value, int) and value >= low
         require(whole, f"collector.{name}", f"be a whole number of at least {low}", value, remedy)
@@ -44,6 +52,22 @@ def check_sizes(
         prompts_per_collection,
         f"use {(per_step + 1) * steps_per_collection}, since each optimizer step takes as many prompts",
     )
+
+
+def longest_row(rollout: RolloutSampler, max_prompt_tokens: int) -> int:
+    """Return the most tokens of a prompt with its response over a whole run.
+
+    Raises:
+        ConfigError: a rollout that does not say how long its responses may become.
+    """
+    longest = getattr(rollout, "max_new_tokens", None)
+    if longest is None:
+        raise ConfigError(
+            f"`collector.micro_batch_tokens` must be null with a rollout that has no max_new_tokens, got "
+            f"{type(rollout).__name__}; set trainer.accumulate_grad_batches"
+        )
+    # A schedule is monotone: it is longest at one of its ends.
+    return max_prompt_tokens + math.ceil(max(value_at(longest, end) for end in (0.0, 1.0)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +87,12 @@ class Collector:
         prompts_per_collection: prompts drawn each time, over all ranks and optimizer steps.
         steps_per_collection: optimizer steps taken on one collection.
         score_rows: responses in one forward of a scorer.
+        score_tokens: in their place, the most tokens in one forward of a scorer, padding included.
+        micro_batch_tokens: the most tokens of a micro-batch, padding included; see :meth:`micro_batches`.
         probe_rows: responses of a collection that the student scores exactly for the diagnostics.
 
     Raises:
-        ConfigError: prompts that cannot be divided evenly over steps and ranks.
+        ConfigError: prompts that cannot be divided evenly over steps and ranks; a budget that is too small.
     """
 
     task: Task
@@ -82,10 +108,13 @@ class Collector:
     steps_per_collection: int
     score_rows: int
     probe_rows: int
+    score_tokens: int | None = None
+    micro_batch_tokens: int | None = None
     clock: PhaseClock = field(default_factory=PhaseClock)
 
     def __post_init__(self) -> None:
-        check_sizes(self.prompts_per_collection, self.steps_per_collection, self.score_rows, self.probe_rows)
+        sizes = (self.prompts_per_collection, self.steps_per_collection, self.score_rows, self.probe_rows)
+        check_sizes(*sizes, self.score_tokens)
 
     def check_world(self, size: int) -> None:
         """Refuse a number of processes that the prompts of an optimizer step cannot be divided by."""
@@ -97,6 +126,21 @@ class Collector:
             self.prompts_per_collection,
             f"use {-(-per_step // size) * size * self.steps_per_collection}",
         )
+
+    def micro_batches(self, processes: int) -> int | None:
+        """Return the micro-batches of an optimizer step that the budget asks for, None without one.
+
+        The count is the run's, and the same on every process, so that it is that of the most tokens that a
+        step may have: each response at its longest, behind a prompt at its longest.
+
+        Raises:
+            ConfigError: a budget below one such row.
+        """
+        if self.micro_batch_tokens is None:
+            return None
+        prompts = self.prompts_per_collection // self.steps_per_collection // processes
+        longest = longest_row(self.rollout, self.prompts.max_tokens)
+        return micro_batch_count(prompts * self.rollout.samples, longest, self.micro_batch_tokens)
 
     def collect(
         self, student: Scorer, collection: int, progress: float, version: int, accumulate: int, world: World
@@ -153,7 +197,11 @@ class Collector:
 
     def _scored(self, student: Scorer, rollout: Rollout) -> Experience:
         scoring = ScoringPass(
-            teacher=self.teacher, reference=self.reference, objective=self.objective, rows=self.score_rows
+            teacher=self.teacher,
+            reference=self.reference,
+            objective=self.objective,
+            rows=self.score_rows,
+            tokens=self.score_tokens,
         )
         return scoring(student, rollout)
 

@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from opd_lightning.buffer import check_one_count
 from opd_lightning.collector import Collector
 from opd_lightning.diagnostics.collection import CollectionReport
 from opd_lightning.errors import require
@@ -158,12 +159,27 @@ class OnPolicyData(L.LightningDataModule):
         return [int(n) for n in self.world.total(torch.tensor(counts, device=device)).tolist()]
 
     def setup(self, stage: str) -> None:
-        """Refuse a world that the prompts cannot be divided over, and bring the teacher to this device."""
+        """Refuse a world that the prompts cannot be divided over, and bring the teacher to this device.
+
+        Where micro-batches have a budget of tokens, the trainer's ``accumulate_grad_batches`` becomes their
+        count, and with it an evaluation interval in batches, which were optimizer steps before.
+        """
         assert self.trainer is not None
         self.collector.check_world(self.trainer.world_size)
+        self._accumulate(self.collector.micro_batches(self.trainer.world_size))
         for model in (self.collector.teacher, self.collector.reference):
             if isinstance(model, Movable):
                 model.to(self.trainer.strategy.root_device)
+
+    def _accumulate(self, count: int | None) -> None:
+        trainer = self.trainer
+        assert trainer is not None
+        if count is None or trainer.accumulate_grad_batches == count:
+            return
+        check_one_count(trainer.accumulate_grad_batches, self.collector.micro_batch_tokens)
+        trainer.accumulate_grad_batches = count
+        if isinstance(trainer.val_check_interval, int):
+            trainer.val_check_interval *= count
 
     def train_dataloader(self) -> ExperienceLoader:
         """Return the loader of experience."""

@@ -20,7 +20,7 @@ from opd_lightning.protocols import Follows
 log = logging.getLogger(__name__)
 
 
-def plan(config: DictConfig, run: Run, folder: Path) -> str:
+def plan(config: DictConfig, run: Run, folder: Path, micro_batches: int) -> str:
     """Return what the run will do, in a few lines."""
     student, teacher = run.module.student, run.teacher.scorer
     millions = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (student, teacher)]
@@ -29,13 +29,14 @@ def plan(config: DictConfig, run: Run, folder: Path) -> str:
     changes = "follows the student" if isinstance(run.teacher, Follows) else "frozen"
     parts = [config.estimator, config.support, config.reduction]
     names = " + ".join(str(part._target_).rsplit(".", 1)[-1] for part in parts)
+    cut = f" of {micro_batches} micro-batches" if micro_batches > 1 else ""
     return "\n".join(
         [
             f"student   {config.student.path} ({millions[0]:.2f} M parameters)",
             f"teacher   {config.teacher.path} ({millions[1]:.2f} M parameters, {changes})",
             f"objective {names}",
-            f"plan      {trainer.max_steps} optimizer steps, {collector.steps_per_collection} on each collection of "
-            f"{responses} responses of at most {_number(rollout.max_new_tokens)} tokens",
+            f"plan      {trainer.max_steps} optimizer steps{cut}, {collector.steps_per_collection} on each "
+            f"collection of {responses} responses of at most {_number(rollout.max_new_tokens)} tokens",
             f"folder    {folder}  (tensorboard --logdir {folder})",
         ]
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -27,24 +27,29 @@ from opd_lightning.types import (
 
 @dataclass(frozen=True, kw_only=True)
 class ScoringPass:
-    """Has every model say what the objective needs of it, ``rows`` responses in one forward.
+    """Has every model say what the objective needs of it, some responses in one forward.
 
     Args:
         teacher: scores the tokens; where it has a method ``view``, under a prompt of its own.
         reference: the frozen starting student; None where no part needs one.
         objective: what the parts need.
         rows: responses in one forward.
+        tokens: in place of ``rows``, the most tokens of a forward, padding included, under the student's
+            prompts; a row that is longer goes alone.
     """
 
     teacher: Scoring
     reference: Scoring | None
     objective: Objective
     rows: int
+    tokens: int | None = None
 
     def __call__(self, student: Scorer, rollout: Rollout) -> Experience:
         """Score all rows, those of like length together, and return them in the rollout's order."""
-        order = torch.argsort(rollout.prompt.mask.sum(-1) + rollout.lengths, stable=True)
-        parts = [self._score(student, rollout.rows(rows)) for rows in order.split(self.rows)]
+        lengths = rollout.prompt.mask.sum(-1) + rollout.lengths
+        order = torch.argsort(lengths, stable=True)
+        sizes = self.rows if self.tokens is None else _fitting(lengths[order].tolist(), self.tokens)
+        parts = [self._score(student, rollout.rows(rows)) for rows in order.split(sizes)]
         back = torch.argsort(order)
 
         def together(read: Callable[[Experience], Tensor]) -> Tensor:
@@ -153,6 +158,17 @@ class ScoringPass:
             values = student.compare(own.hidden[mask], other[mask], term)
             compared[term] = values.new_zeros(mask.shape).index_put(torch.where(mask), values)
         return compared
+
+
+def _fitting(lengths: Sequence[int], budget: int) -> list[int]:
+    """Return sizes of consecutive groups, the largest with ``rows * longest <= budget``; lengths ascend."""
+    sizes: list[int] = []
+    for length in lengths:
+        if sizes and (sizes[-1] + 1) * length <= budget:
+            sizes[-1] += 1
+        else:
+            sizes.append(1)
+    return sizes
 
 
 def teacher_tokens(teacher: Scoring, rollout: Rollout) -> TokenBatch:

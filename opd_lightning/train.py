@@ -16,6 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from opd_lightning.assemble import CollectorSettings, Run, assemble
+from opd_lightning.buffer import check_one_count
 from opd_lightning.callbacks.history import EvaluationHistory
 from opd_lightning.commands import (
     build,
@@ -138,6 +139,7 @@ def trainer_from(config: DictConfig, history: EvaluationHistory, folder: Path) -
         accumulate,
         "use 1 for no accumulation",
     )
+    check_one_count(accumulate, config.collector.micro_batch_tokens)
     # Lightning's other precisions cast the batches too, which are frozen values.
     precision = str(settings["precision"])
     require(
@@ -191,7 +193,8 @@ def train(config: DictConfig, folder: Path, overrides: list[str]) -> dict[str, A
         say_unused_support(run.module.objective)
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(config, folder / "config.yaml", resolve=True)
-        print(plan(config, run, folder), flush=True)
+        count = run.data.collector.micro_batches(trainer.world_size) or trainer.accumulate_grad_batches
+        print(plan(config, run, folder, count), flush=True)
     if run.data.validation is not None:
         trainer.validate(run.module, datamodule=run.data, verbose=False)
     log_settings(trainer, config, overrides, history.at.get(0, {}))
