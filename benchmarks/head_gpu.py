@@ -30,7 +30,7 @@ from opd_lightning.functional.divergence import renormalise, reverse_kl
 from opd_lightning.functional.head import SCRATCH, Head, exact, full, support_logits
 from opd_lightning.functional.head.spec import Finish
 from opd_lightning.functional.head.triton_gather import gather_backward, gather_dot
-from opd_lightning.functional.head.triton_rows import compare, lse_gradient_
+from opd_lightning.functional.head.triton_rows import compare, gradient_
 from opd_lightning.functional.head.triton_rows import statistics as row_statistics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -132,25 +132,24 @@ def single_kernels(data: Data, args: argparse.Namespace) -> list[Case]:
     hidden, weight, finish = data.hidden.detach(), data.weight.detach(), Finish()
     rows = max(1, min(len(hidden), args.scratch * MIB // (2 * len(weight))))
     raw, other = hidden[:rows] @ weight.T, data.target[:rows] @ data.teacher.weight.T
-    none = data.uniform[:rows, :0]
-    lse, _, entropy = row_statistics(raw, finish, none, entropy=True)
+    lse, entropy = row_statistics(raw, finish, entropy=True)
     grad = torch.randn(data.uniform.shape, device=hidden.device)
     size, width = raw.numel() * raw.element_size(), weight.shape[1] * weight.element_size()
     gathered, out = data.uniform.numel() * width, hidden.numel() * 2
     found = [
         Case(
             name=f"normaliser of {rows} rows",
-            run=lambda: row_statistics(raw, finish, none, entropy=False),
+            run=lambda: row_statistics(raw, finish, entropy=False),
             moved=size,
         ),
         Case(
             name=f"normaliser and entropy of {rows} rows",
-            run=lambda: row_statistics(raw, finish, none, entropy=True),
+            run=lambda: row_statistics(raw, finish, entropy=True),
             moved=size,
         ),
         Case(
             name=f"their gradient, {rows} rows",
-            run=lambda: lse_gradient_(raw.clone(), finish, lse, lse, entropy, lse),
+            run=lambda: gradient_(raw.clone(), finish, lse, lse, entropy, lse),
             moved=4 * size,  # a copy and the gradient
         ),
         Case(

@@ -6,12 +6,13 @@ Inputs are drawn in the dtype under test and widened, so that only what a kernel
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 
 from opd_lightning.functional.head import Finish
 from opd_lightning.functional.head.triton_gather import gather_backward, gather_dot
-from opd_lightning.functional.head.triton_rows import compare, gradient_, lse_gradient_, statistics
+from opd_lightning.functional.head.triton_rows import compare, gradient_, statistics
 
 KINDS = {
     "plain": {},
@@ -24,9 +25,9 @@ ULP = {torch.float32: 0.0, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 
 
 class Case:
-    """Raw logits of n rows, a finish and asked ids with repeats, on a device."""
+    """Raw logits of n rows, a finish and a number a row, on a device."""
 
-    def __init__(self, n, v, k=0, kind="plain", dtype=torch.float32, device="cpu", seed=0):
+    def __init__(self, n, v, kind="plain", dtype=torch.float32, device="cpu", seed=0):
         draw = torch.Generator().manual_seed(seed)
         self.raw = (4 * torch.randn(n, v, generator=draw)).to(dtype).to(device)
         if n:
@@ -35,10 +36,6 @@ class Case:
         if options.pop("bias", False):
             options["bias"] = torch.randn(v, generator=draw).to(dtype).to(device)
         self.finish = Finish(**options)
-        self.ids = torch.randint(v, (n, k), generator=draw).to(device)
-        if k > 2:
-            self.ids[:, 2] = self.ids[:, 0]
-        self.grad_at = torch.randn(n, k, generator=draw).to(device)
         self.grad_row = torch.randn(n, generator=draw).to(device)
 
     def logits(self):
@@ -57,44 +54,31 @@ def near(got, expected, *, dtype=torch.float32, atol=1e-5):
 
 
 def check_statistics(case):
-    lse, at, entropy = statistics(case.raw, case.finish, case.ids, entropy=True)
-    assert lse.dtype == at.dtype == entropy.dtype == torch.float32
+    lse, entropy = statistics(case.raw, case.finish, entropy=True)
+    assert lse.dtype == entropy.dtype == torch.float32
     z, _ = case.logits()
     logp = z.log_softmax(-1)
     near(lse, z.logsumexp(-1))
-    near(at, logp.gather(-1, case.ids))
     near(entropy, -(logp.exp() * logp).sum(-1))
-    alone = statistics(case.raw, case.finish, case.ids[:, :0], entropy=False)
-    assert alone[0].equal(lse)
-    assert alone[1].shape == (len(lse), 0)
-    assert alone[2] is None
+    alone, none = statistics(case.raw, case.finish, entropy=False)
+    assert alone.equal(lse)
+    assert none is None
 
 
-def check_gradient(case, *, entropy):
-    z, leaf = case.logits()
-    logp = z.log_softmax(-1)
-    loss = (case.grad_at * logp.gather(-1, case.ids)).sum()
-    if entropy:
-        loss = loss - (case.grad_row * (logp.exp() * logp).sum(-1)).sum()
-    (expected,) = torch.autograd.grad(loss, leaf)
-    lse, _, h = statistics(case.raw, case.finish, case.ids, entropy=entropy)
-    raw = case.raw.clone()
-    got = gradient_(raw, case.finish, case.ids, lse, h, case.grad_at, case.grad_row if entropy else None)
-    assert got is raw
-    near(got, expected, dtype=raw.dtype, atol=3e-6)
-
-
-def check_lse_gradient(case, columns):
+def check_gradient(case, *, entropy, columns=slice(None)):
     """Of some columns only, with the statistics of the whole rows."""
     z, leaf = case.logits()
     logp = z.log_softmax(-1)
-    loss = (case.grad_row * z.logsumexp(-1)).sum() + (2 * case.grad_row * -(logp.exp() * logp).sum(-1)).sum()
+    loss = (case.grad_row * z.logsumexp(-1)).sum()
+    if entropy:
+        loss = loss - (2 * case.grad_row * (logp.exp() * logp).sum(-1)).sum()
     (expected,) = torch.autograd.grad(loss, leaf)
-    lse, _, h = statistics(case.raw, case.finish, case.ids, entropy=True)
+    lse, h = statistics(case.raw, case.finish, entropy=entropy)
     bias = None if case.finish.bias is None else case.finish.bias[columns]
-    options = {name: getattr(case.finish, name) for name in ("softcap", "scale", "temperature")}
     part = case.raw.clone()[:, columns]
-    got = lse_gradient_(part, Finish(bias=bias, **options), lse, case.grad_row, h, 2 * case.grad_row)
+    pulls = (case.grad_row, h, 2 * case.grad_row if entropy else None)
+    got = gradient_(part, replace(case.finish, bias=bias), lse, *pulls)
+    assert got is part
     near(got, expected[:, columns], dtype=part.dtype, atol=3e-6)
 
 
@@ -129,7 +113,7 @@ def check_odd_values(device="cpu"):
     case, teacher = Case(3, 40, device=device), Case(3, 40, device=device, seed=1)
     case.raw[0, :20] = -torch.inf
     case.raw[2, 5] = torch.nan
-    lse, _, entropy = statistics(case.raw, case.finish, case.ids, entropy=True)
+    lse, entropy = statistics(case.raw, case.finish, entropy=True)
     rest = case.raw[0, 20:].double()
     near(lse[0], rest.logsumexp(-1))
     near(entropy[0], torch.distributions.Categorical(logits=rest).entropy())
@@ -139,7 +123,7 @@ def check_odd_values(device="cpu"):
         value = compare(raw, case.finish, teacher.raw, teacher.finish, beta, False, gradient=True)
         assert value.isnan().tolist() == raw.isnan().any(-1).tolist() == [False, False, True]
     ones = torch.ones_like(lse)
-    got = lse_gradient_(case.raw, case.finish, lse, ones, entropy, ones)
+    got = gradient_(case.raw, case.finish, lse, ones, entropy, ones)
     assert got.isnan().any(-1).tolist() == [False, False, True]
     assert got[0, :20].abs().max() == 0
 

@@ -10,7 +10,7 @@ from triton.compiler import ASTSource, compile
 
 from opd_lightning.functional.head import gather_kernels, row_kernels, triton_gather, triton_rows
 
-FP32 = "lse_out at_out entropy_out lse entropy grad_at grad_lse grad_entropy lse_s lse_t value_out student_kl_out"
+FP32 = "lse_out entropy_out lse entropy grad_lse grad_entropy lse_s lse_t value_out student_kl_out"
 POINTERS = dict.fromkeys([*FP32.split(), "student_kl", "grad", "grads", "heads", "tails"], "*fp32")
 POINTERS |= dict.fromkeys(["raw", "bias", "raw_s", "bias_s", "raw_t", "bias_t", "hidden", "weight"], "*bf16")
 INTEGERS = dict.fromkeys(["vocab", "k", "stride", "stride_s", "stride_t", "width", "count"], "i32")
@@ -20,12 +20,10 @@ SIDES = {f"HAS_{what}_{side}": True for what in ("BIAS", "CAP") for side in "ST"
 ROWS, PAIRS = {"BLOCK": triton_rows.BLOCK}, {"BLOCK": triton_rows.BLOCK // 2}
 GATHER = {"BLOCK_K": triton_gather.BLOCK_K, "BLOCK": triton_gather.BLOCK}
 PIECES = {"PIECE": triton_gather.PIECE, "BLOCK": triton_gather.COLUMNS}
-ASKED = {"BLOCK_K": triton_rows.BLOCK_K}
 
 KERNELS = {
-    row_kernels.statistics: ({"ids": "*i64"}, FLAGS | ROWS | ASKED, 8),
-    row_kernels.asked_gradient: ({"ids": "*i64", "out": "*fp32"}, FLAGS | ASKED, 4),
-    row_kernels.dense_gradient: ({}, FLAGS | ROWS, 8),
+    row_kernels.statistics: ({}, FLAGS | ROWS, 8),
+    row_kernels.gradient: ({}, FLAGS | ROWS, 8),
     row_kernels.divergence: ({}, SIDES | PAIRS, 8),
     row_kernels.divergence_gradient: ({}, SIDES | PAIRS, 8),
     gather_kernels.dot: ({"ids": "*i64", "out": "*fp32"}, GATHER, 4),

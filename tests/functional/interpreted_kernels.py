@@ -27,34 +27,28 @@ def test_available():
 @kinds
 @dtypes
 def test_statistics(kind, dtype):
-    checks.check_statistics(Case(3, WIDE + 37, 4, kind, dtype))
+    checks.check_statistics(Case(3, WIDE + 37, kind, dtype))
 
 
 @kinds
 @dtypes
 def test_gradient(kind, dtype):
-    checks.check_gradient(Case(3, WIDE + 37, 4, kind, dtype), entropy=True)
-    checks.check_gradient(Case(2, 57, 1, kind, dtype), entropy=False)
+    checks.check_gradient(Case(3, WIDE + 37, kind, dtype), entropy=True)
+    checks.check_gradient(Case(2, 57, kind, dtype), entropy=False)
 
 
 @widths
 def test_widths(v):
-    checks.check_statistics(Case(2, v, 4, "everything"))
-    checks.check_gradient(Case(2, v, 4, "everything"), entropy=True)
-    checks.check_lse_gradient(Case(2, v, 0, "everything"), slice(None))
-    checks.check_compare(Case(2, v, 0, "everything"), Case(2, v, 0, seed=1), 0.5)
-
-
-def test_more_ids_than_a_block():
-    case = Case(2, 19, 2 * triton_rows.BLOCK_K + 3)
-    checks.check_statistics(case)
-    checks.check_gradient(case, entropy=True)
+    checks.check_statistics(Case(2, v, "everything"))
+    checks.check_gradient(Case(2, v, "everything"), entropy=True)
+    checks.check_compare(Case(2, v, "everything"), Case(2, v, seed=1), 0.5)
 
 
 @kinds
 @dtypes
 def test_gradient_of_a_slice_of_the_vocabulary(kind, dtype):
-    checks.check_lse_gradient(Case(2, WIDE + 50, 0, kind, dtype), slice(20, WIDE + 40))
+    case = Case(2, WIDE + 50, kind, dtype)
+    checks.check_gradient(case, entropy=True, columns=slice(20, WIDE + 40))
 
 
 @kinds
@@ -62,11 +56,11 @@ def test_gradient_of_a_slice_of_the_vocabulary(kind, dtype):
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
 def test_compare(kind, dtype, beta):
     v = WIDE // 2 + 37
-    checks.check_compare(Case(2, v, 0, kind, dtype), Case(2, v, 0, "plain", dtype, seed=1), beta)
+    checks.check_compare(Case(2, v, kind, dtype), Case(2, v, "plain", dtype, seed=1), beta)
 
 
 def test_compare_of_two_finishes():
-    student, teacher = Case(2, 29), Case(2, 29, 0, "everything", torch.bfloat16, seed=1)
+    student, teacher = Case(2, 29), Case(2, 29, "everything", torch.bfloat16, seed=1)
     checks.check_compare(student, teacher, 0.4, scaled=True)
     same = Case(2, 29)
     value = compare(same.raw, same.finish, same.raw.clone(), same.finish, 1.0, False, gradient=True)
@@ -76,15 +70,10 @@ def test_compare_of_two_finishes():
 
 def test_nothing():
     empty, finish = torch.zeros(0, 7), Case(1, 7).finish
-    ids = torch.zeros(0, 2, dtype=torch.long)
-    lse, at, entropy = statistics(empty, finish, ids, entropy=True)
-    assert (lse.shape, at.shape, entropy.shape) == ((0,), (0, 2), (0,))
-    assert gradient_(empty, finish, ids, lse, entropy, at, entropy).shape == (0, 7)
+    lse, entropy = statistics(empty, finish, entropy=True)
+    assert lse.shape == entropy.shape == (0,)
+    assert gradient_(empty, finish, lse, lse, entropy, entropy).shape == (0, 7)
     assert compare(empty, finish, empty, finish, 0.5, False, gradient=True).shape == (0,)
-    case = Case(3, 7)
-    lse, at, _ = statistics(case.raw, case.finish, case.ids, entropy=False)
-    got = gradient_(case.raw, case.finish, case.ids, lse, None, at, None)
-    assert got.abs().max() == 0
 
 
 def test_a_forbidden_id_and_a_nan():
@@ -93,7 +82,7 @@ def test_a_forbidden_id_and_a_nan():
 
 def test_rows_must_be_contiguous():
     with pytest.raises(ValueError, match="a row of logits must be contiguous"):
-        statistics(torch.zeros(4, 3).T, Case(1, 4).finish, torch.zeros(3, 1, dtype=torch.long), entropy=False)
+        statistics(torch.zeros(4, 3).T, Case(1, 4).finish, entropy=False)
 
 
 @dtypes

@@ -113,9 +113,7 @@ class Triton:
         self, raw: Float[Tensor, "n v"], finish: Finish, spare: Float[Tensor, "n v"] | None, entropy: bool
     ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"] | None]:
         """See :func:`~opd_lightning.functional.head.triton_rows.statistics`."""
-        none = torch.empty(len(raw), 0, dtype=torch.long, device=raw.device)
-        lse, _, found = triton_rows.statistics(raw, finish, none, entropy=entropy)
-        return lse, found
+        return triton_rows.statistics(raw, finish, entropy=entropy)
 
     def gradient(
         self,
@@ -127,8 +125,8 @@ class Triton:
         entropy_pull: Float[Tensor, " n"] | None,
         spare: Float[Tensor, "n v"] | None,
     ) -> Float[Tensor, "n v"]:
-        """See :func:`~opd_lightning.functional.head.triton_rows.lse_gradient_`."""
-        return triton_rows.lse_gradient_(raw, finish, lse, pull, entropy, entropy_pull)
+        """See :func:`~opd_lightning.functional.head.triton_rows.gradient_`."""
+        return triton_rows.gradient_(raw, finish, lse, pull, entropy, entropy_pull)
 
     products = staticmethod(triton_gather.gather_dot)
 

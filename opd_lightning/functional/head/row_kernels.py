@@ -36,11 +36,10 @@ def _read(raw, bias, columns, inside, scale, softcap, cooling, HAS_BIAS: tl.cons
 
 @triton.jit
 def statistics(
-    raw, bias, ids, lse_out, at_out, entropy_out, vocab, k, stride, scale, softcap, cooling,
+    raw, bias, lse_out, entropy_out, vocab, stride, scale, softcap, cooling,
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Write lse [n], log-probs at ids [n k] and H [n], one program a row, each logit read once.
+    """Write lse [n] and H [n], one program a row, each logit read once.
 
     With the running maximum m, each lane keeps s = sum e^(z - m) and t = sum e^(z - m) (z - m). When m grows
     by d, both shrink by e^-d and t moves by -d s. At the end lse = m + log s and H = log s - t / s: the
@@ -65,21 +64,14 @@ def statistics(
         total = total * shrink + e
         peak = higher
     mass = tl.sum(total, 0)
-    lse = peak + tl.log(mass)
-    tl.store(lse_out + row, lse)
+    tl.store(lse_out + row, peak + tl.log(mass))
     if ENTROPY:
         tl.store(entropy_out + row, tl.log(mass) - tl.sum(moment, 0) / mass)
-    for start in range(0, k, BLOCK_K):
-        slots = start + tl.arange(0, BLOCK_K)
-        asked = slots < k
-        columns = tl.load(ids + row * k + slots, mask=asked, other=0)
-        z, _ = _read(raw, bias, columns, asked, scale, softcap, cooling, HAS_BIAS, HAS_CAP)
-        tl.store(at_out + row * k + slots, z - lse, mask=asked)
 
 
 @triton.jit
 def _through_lse(z, lse, entropy, grad_lse, grad_entropy, row, ENTROPY: tl.constexpr):
-    """Return what every logit gets, asked for or not: p (grad_lse - grad_H (log p + H))."""
+    """Return the gradient in z: p (grad_lse - grad_H (log p + H))."""
     logp = z - tl.load(lse + row)
     p = tl.exp(logp)
     pull = tl.zeros_like(z) + tl.load(grad_lse + row).to(tl.float32)
@@ -90,38 +82,11 @@ def _through_lse(z, lse, entropy, grad_lse, grad_entropy, row, ENTROPY: tl.const
 
 
 @triton.jit
-def asked_gradient(
-    raw, bias, ids, lse, entropy, grad_at, grad_lse, grad_entropy, out, k, stride, scale, softcap, cooling,
-    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, ENTROPY: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Write the whole gradient of the asked logits [n k], in float32, before ``raw`` is overwritten.
-
-    Slots that ask for one id all hold the sum of their gradients, added in the order of the slots: storing
-    any of them is right, and no atomics are needed.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    raw += row * stride
-    slots = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    asked = slots < k
-    columns = tl.load(ids + row * k + slots, mask=asked, other=-1)
-    own = tl.zeros([BLOCK_K], tl.float32)
-    for start in range(0, k, 32):
-        others = start + tl.arange(0, 32)
-        there = others < k
-        other_ids = tl.load(ids + row * k + others, mask=there, other=-2)
-        grads = tl.load(grad_at + row * k + others, mask=there, other=0.0).to(tl.float32)
-        own += tl.sum(tl.where(columns[:, None] == other_ids[None, :], grads[None, :], 0.0), 1)
-    z, slope = _read(raw, bias, columns, asked, scale, softcap, cooling, HAS_BIAS, HAS_CAP)
-    gradient = _through_lse(z, lse, entropy, grad_lse, grad_entropy, row, ENTROPY)
-    tl.store(out + row * k + slots, (own + gradient) * slope, mask=asked)
-
-
-@triton.jit
-def dense_gradient(
+def gradient(
     raw, bias, lse, entropy, grad_lse, grad_entropy, vocab, stride, scale, softcap, cooling,
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Overwrite every logit with its gradient as if it were not asked for; a program a row and block."""
+    """Overwrite every logit with its gradient; a program a row and block."""
     row = tl.program_id(0).to(tl.int64)
     raw += row * stride
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -17,16 +17,13 @@ from functools import cache
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from opd_lightning.functional.head.spec import Finish
 
 BLOCK = 4096
 """Most logits that a program holds at once, 16 a thread."""
-
-BLOCK_K = 64
-"""Asked ids that a program holds at once."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -47,57 +44,24 @@ def _installed() -> bool:
 
 
 def statistics(
-    raw: Float[Tensor, "n v"], finish: Finish, ids: Int[Tensor, "n k"], *, entropy: bool
-) -> tuple[Float[Tensor, " n"], Float[Tensor, "n k"], Float[Tensor, " n"] | None]:
-    """Return logsumexp(z), the log-probs at ``ids`` (k may be 0) and, where asked, the entropy, nats.
+    raw: Float[Tensor, "n v"], finish: Finish, *, entropy: bool
+) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"] | None]:
+    """Return logsumexp(z) and, where asked, the entropy of softmax(z), nats.
 
     z = cap(scale * (raw + bias)) / temperature,    H = logsumexp(z) - sum_v p_v z_v
     """
-    n, k = ids.shape
+    n, v = raw.shape
     lse = torch.empty(n, dtype=torch.float32, device=raw.device)
-    at = torch.empty(n, k, dtype=torch.float32, device=raw.device)
     h = torch.empty_like(lse) if entropy else None
     numbers, flags = _given(raw, finish)
     _launch(
-        "statistics", (n,), raw, _or(finish.bias, raw), ids.contiguous(), lse, at, _or(h, lse), raw.shape[1],
-        k, raw.stride(0), *numbers, **flags, ENTROPY=entropy, BLOCK_K=BLOCK_K, **_block(raw.shape[1], BLOCK),
+        "statistics", (n,), raw, _or(finish.bias, raw), lse, _or(h, lse), v, raw.stride(0), *numbers, **flags,
+        ENTROPY=entropy, **_block(v, BLOCK),
     )  # fmt: skip
-    return lse, at, h
+    return lse, h
 
 
 def gradient_(
-    raw: Float[Tensor, "n v"],
-    finish: Finish,
-    ids: Int[Tensor, "n k"],
-    lse: Float[Tensor, " n"],
-    entropy: Float[Tensor, " n"] | None,
-    grad_at: Float[Tensor, "n k"],
-    grad_entropy: Float[Tensor, " n"] | None,
-) -> Float[Tensor, "n v"]:
-    """Overwrite ``raw`` with the gradient in it of sum(grad_at * at) + sum(grad_entropy * H); return it.
-
-    dz_v = sum_k [ids_k = v] g_k - p_v sum_k g_k - g_H p_v (log p_v + H)
-
-    and draw = dz * scale / temperature * (1 - tanh^2). The gradients of an id that is asked for more than
-    once are added in float32, in the order of the slots, and rounded once.
-    """
-    n, k = ids.shape
-    ids, grad_at = ids.contiguous(), grad_at.contiguous()
-    pull = -grad_at.sum(-1, dtype=torch.float32)
-    whole = torch.empty(n, k, dtype=torch.float32, device=raw.device)
-    numbers, flags = _given(raw, finish)
-    with_entropy, h, grad_h = _entropies(entropy, grad_entropy, lse)
-    _launch(
-        "asked_gradient", (n, -(-k // BLOCK_K)), raw, _or(finish.bias, raw), ids, lse.contiguous(), h, grad_at,
-        pull, grad_h, whole, k, raw.stride(0), *numbers, **flags, ENTROPY=with_entropy, BLOCK_K=BLOCK_K,
-        num_warps=4,
-    )  # fmt: skip
-    lse_gradient_(raw, finish, lse, pull, entropy, grad_entropy)
-    # Slots that ask for one id hold one value, so that the order of these writes does not matter.
-    return raw.scatter_(1, ids, whole.to(raw.dtype))
-
-
-def lse_gradient_(
     raw: Float[Tensor, "n v"],
     finish: Finish,
     lse: Float[Tensor, " n"],
@@ -112,9 +76,9 @@ def lse_gradient_(
     n, v = raw.shape
     numbers, flags = _given(raw, finish)
     with_entropy, h, grad_h = _entropies(entropy, grad_entropy, lse)
-    block = _block(raw.shape[1], BLOCK)
+    block = _block(v, BLOCK)
     _launch(
-        "dense_gradient", (n, -(-v // block["BLOCK"])), raw, _or(finish.bias, raw), lse.contiguous(), h,
+        "gradient", (n, -(-v // block["BLOCK"])), raw, _or(finish.bias, raw), lse.contiguous(), h,
         grad_lse.contiguous(), grad_h, v, raw.stride(0), *numbers, **flags, ENTROPY=with_entropy, **block,
     )  # fmt: skip
     return raw
@@ -137,10 +101,9 @@ def compare(
     pass each.
     """
     n, v = raw_s.shape
-    none = torch.empty(n, 0, dtype=torch.long, device=raw_s.device)
     of_student, of_teacher = _given(raw_s, finish_s), _given(raw_t, finish_t)
-    lse_s = statistics(raw_s, finish_s, none, entropy=False)[0]
-    lse_t = statistics(raw_t, finish_t, none, entropy=False)[0]
+    lse_s = statistics(raw_s, finish_s, entropy=False)[0]
+    lse_t = statistics(raw_t, finish_t, entropy=False)[0]
     value, student_kl = torch.empty_like(lse_s), torch.empty_like(lse_s)
     inside = 0.0 < beta < 1.0
     shared = (
