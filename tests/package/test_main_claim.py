@@ -26,7 +26,7 @@ def test_the_default_run_reaches_seventy_percent(tmp_path):
             "trainer.enable_progress_bar=false",
         ],
         cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "2"},
+        env=os.environ | {"OMP_NUM_THREADS": "1"},  # two threads wait for each other on a busy machine
         check=True,
     )
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
