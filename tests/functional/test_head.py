@@ -372,6 +372,19 @@ def test_under_autocast():
     assert all(g.dtype == torch.float32 and g.isfinite().all() for g in gradients)
 
 
+def test_autocast_leaves_a_float64_head_alone():
+    hidden, head, ids = make()
+    with torch.autocast("cpu", torch.bfloat16):
+        logp, entropy = exact(hidden, head, ids, entropy=True)
+        best = top(hidden, head, 2, ids, entropy=False)
+        value = full(hidden, head, hidden.flip(0).detach(), head, ReverseKL())
+    expected = dense(hidden, head).log_softmax(-1)
+    torch.testing.assert_close(logp, expected.gather(-1, ids))
+    torch.testing.assert_close(entropy, -(expected.exp() * expected).sum(-1))
+    torch.testing.assert_close(best.logp, expected.topk(2).values)
+    torch.testing.assert_close(value, reverse_kl(expected, expected.flip(0)))
+
+
 def test_gradient_numerically():
     hidden, head, ids = make(3)
 

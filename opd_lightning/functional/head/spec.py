@@ -105,6 +105,11 @@ def upcast(x: Tensor) -> Tensor:
 
 
 def product_dtype(weight: Tensor) -> torch.dtype:
-    """Return the dtype of the matrix products: autocast's where it is on, else the weight's."""
+    """Return the dtype of the matrix products: autocast's where it is on, else the weight's.
+
+    Autocast leaves float64 as it is.
+    """
     kind = weight.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    if weight.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return weight.dtype
+    return torch.get_autocast_dtype(kind)
