@@ -181,6 +181,18 @@ def test_a_share_spares_the_backward_pass_its_products(change, passes):
     assert seen.tiles == passes  # two heads' logits, then the head's gradient, and the hidden states'
 
 
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("divergence", [ReverseKL(), partial(jsd, beta=0.3)], ids=str)
+def test_a_share_makes_no_gradient_where_none_is_kept(without, divergence):
+    hidden, head, _ = make()
+    other, other_head, _ = make(seed=5)
+    expected = full(hidden, head, other, other_head, divergence)
+    with without(), Largest() as seen:
+        got = full(hidden, head, other, other_head, divergence, share=torch.ones(N))
+    torch.testing.assert_close(got, expected.detach())
+    assert seen.tiles == 2  # two heads' logits
+
+
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
 def test_ids_that_a_bias_rules_out(divergence):
     """-inf on both sides: such an id has no probability in either, and takes part in nothing."""

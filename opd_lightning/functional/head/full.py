@@ -58,7 +58,8 @@ def full(
         scratch=scratch,
         dtypes=dtypes,
     )
-    value: Tensor = _Full.apply(student_hidden, student_head.weight, student_head.bias, share, comparison)
+    hint = share if torch.is_grad_enabled() else None  # Inside a Function the mode is off in any case.
+    value: Tensor = _Full.apply(student_hidden, student_head.weight, student_head.bias, hint, comparison)
     return value
 
 
