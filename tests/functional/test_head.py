@@ -255,6 +255,17 @@ def test_sliced_head_is_a_smaller_vocabulary():
     assert top(hidden, shared, 9, ids, entropy=False, scratch=512).ids.max() < 9
 
 
+def test_more_ids_than_the_head_has():
+    hidden, head, _ = make(bias=True)
+    ids = torch.randint(VOCAB, (N, 2 * VOCAB), generator=torch.Generator().manual_seed(2))
+    for got, expected in (
+        (support_logits(hidden, head, ids), dense(hidden, head)),
+        (exact(hidden, head, ids, entropy=False).logp, dense(hidden, head).log_softmax(-1)),
+    ):
+        torch.testing.assert_close(got, expected.gather(-1, ids))
+        same_gradients(got, expected.gather(-1, ids), parameters(hidden, head))
+
+
 # numerics 11.24
 def test_nothing_to_score_has_a_graph():
     hidden, head, ids = make(0, bias=True)
@@ -410,6 +421,11 @@ def test_refusals():
     hidden, head, ids = make()
     with pytest.raises(ValueError, match="k must be between 0 and the vocabulary of 13"):
         top(hidden, head, 14, ids, entropy=False, scratch=512)
+    for outside in (-1, VOCAB):
+        wrong = torch.where(torch.arange(N * K).view(N, K) == 5, outside, ids)
+        for function in (support_logits, partial(exact, entropy=False), partial(top, k=1, entropy=False)):
+            with pytest.raises(IndexError, match=rf"ids must be in \[0, 13\), got .*{outside}"):
+                function(hidden, head, ids=wrong)
     with pytest.raises(ValueError, match="scratch must be at least 1"):
         exact(hidden, head, ids, entropy=False, scratch=0)
     with pytest.raises(ValueError, match="cut both to the shared vocabulary"):

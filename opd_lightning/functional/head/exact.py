@@ -40,8 +40,10 @@ def exact(
     log p(v) = z_v - logsumexp(z),    H = logsumexp(z) - sum_v p(v) z_v
 
     Raises:
+        IndexError: if the head does not have one of the ids.
         ValueError: if ``scratch`` is not positive.
     """
+    head.check(ids)
     settings = _Settings(
         head=head.detach(),
         entropy=entropy,

@@ -21,7 +21,11 @@ def support_logits(
     Gradient flows into the hidden states, the weight and the bias. Rows of the head are multiplied in
     float32, whatever their own precision, and the gradient of a row, to which thousands of positions
     may contribute, is summed in float32 and rounded once.
+
+    Raises:
+        IndexError: if the head does not have one of the ids.
     """
+    head.check(ids)
     raw = _GatheredLogits.apply(hidden.to(head.weight.dtype), head.weight, ids)
     return head.finish.capped(raw if head.bias is None else raw + upcast(head.bias)[ids])
 

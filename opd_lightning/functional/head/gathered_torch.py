@@ -29,8 +29,9 @@ def products(
     hidden: Float[Tensor, "n hidden"], weight: Float[Tensor, "vocab hidden"], ids: Int[Tensor, "n k"]
 ) -> Float[Tensor, "n k"]:
     """Return ``hidden[t] . weight[ids[t, j]]``, in at least float32."""
-    if ids.numel() and hidden.device.type == "cpu" and hidden.dtype in _SPARSE:
-        n, k = ids.shape
+    n, k = ids.shape
+    # torch has room for no more entries than a dense matrix, repeated ids or not.
+    if n and 0 < k <= len(weight) and hidden.device.type == "cpu" and hidden.dtype in _SPARSE:
         asked = _sparse(torch.arange(0, n * k + 1, k), ids.flatten(), hidden.new_zeros(n * k), len(weight))
         return torch.sparse.sampled_addmm(asked, hidden, weight.T, beta=0.0).values().view(n, k)
     out = torch.empty(ids.shape, dtype=wide(hidden.dtype), device=hidden.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -87,6 +87,20 @@ class Head:
         """Return the head of these ids alone."""
         bias = None if self.bias is None else self.bias[ids]
         return replace(self, weight=self.weight[ids], bias=bias)
+
+    def check(self, ids: Int[Tensor, "n k"]) -> None:
+        """Refuse ids that the head does not have: what they would read lies beyond its memory.
+
+        On a GPU, which is not waited for, the refusal comes as torch's own do: as a failed assertion, later.
+
+        Raises:
+            IndexError: if one lies outside [0, vocab).
+        """
+        inside = ((ids >= 0) & (ids < self.vocab)).all()
+        if ids.is_cuda:
+            torch._assert_async(inside)
+        elif not inside:
+            raise IndexError(f"ids must be in [0, {self.vocab}), got {ids.min()} to {ids.max()}")
 
     def detach(self) -> Head:
         """Return the same head without gradient."""

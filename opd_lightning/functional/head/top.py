@@ -39,8 +39,10 @@ def top(
     ``ids`` may have no columns. Among equal logits the order is the backend's.
 
     Raises:
+        IndexError: if the head does not have one of the ids.
         ValueError: if ``k`` exceeds the vocabulary, or ``scratch`` is not positive.
     """
+    head.check(ids)
     if not 0 <= k <= head.vocab:
         raise ValueError(f"k must be between 0 and the vocabulary of {head.vocab}, got {k}")
     dtype, device = product_dtype(head.weight), hidden.device
