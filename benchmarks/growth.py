@@ -273,7 +273,6 @@ def main() -> None:
     )
     parser.add_argument("--only", choices=["head", "step"])
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.ERROR)
@@ -281,8 +280,7 @@ def main() -> None:
     points = head_points() if args.only != "step" else []
     points += step_points() if args.only != "head" else []
     stem = f"{date.today()}_growth"
-    args.out.mkdir(parents=True, exist_ok=True)
-    picture(points, args.out / f"{stem}.png")
+    picture(points, RESULTS / f"{stem}.png")
     command = " ".join(["python benchmarks/growth.py", *sys.argv[1:]])
     size, course = Size(), Course()
     lines = [f"# Growth, {date.today()}", "", about_here(command, f"{args.threads} thread(s)"), ""]
@@ -298,7 +296,7 @@ def main() -> None:
             lines += [*table(axis, points), ""]
     lines += [f"![growth]({stem}.png)"]
     text = "\n".join(lines) + "\n"
-    (args.out / f"{stem}.md").write_text(text)
+    (RESULTS / f"{stem}.md").write_text(text)
     print(text)
 
 

@@ -166,7 +166,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", nargs="+", choices=WHAT, default=USUAL)
-    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--run", nargs=2, metavar=("NAME", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run:
@@ -185,8 +184,9 @@ def main() -> None:
         "teacher's head inside learn. Optimizer: for ours with clipping.",
     ]
     text = "\n".join(lines) + "\n"
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / f"{date.today()}_whole_step.md").write_text(text)
+    others = [] if args.only == USUAL else args.only
+    stem = "_".join([str(date.today()), "whole_step", *others])
+    (RESULTS / f"{stem}.md").write_text(text)
     print(text)
 
 
