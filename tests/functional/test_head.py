@@ -209,6 +209,25 @@ def test_ids_that_a_bias_rules_out(divergence):
     same_gradients(got, expected, [hidden])
 
 
+@scratches
+def test_ids_that_a_bias_rules_out_of_a_softmax(scratch):
+    """Half the vocabulary, so that many a tile holds none that is left; entropies and gradients are finite."""
+    hidden, whole, ids = make(bias=True)
+    rest, ids = VOCAB // 2, ids % (VOCAB // 2)
+    out = torch.zeros(VOCAB, dtype=torch.float64).index_fill(0, torch.arange(rest, VOCAB), -torch.inf)
+    cut = replace(whole, weight=whole.weight[:rest], bias=whole.bias[:rest])
+    head = replace(whole, bias=whole.bias + out)
+    expected = torch.distributions.Categorical(logits=dense(hidden, cut))
+    logp, entropy = exact(hidden, head, ids, entropy=True, scratch=scratch)
+    found = top(hidden, head, 3, ids, entropy=True, scratch=scratch)
+    for value, its_entropy in ((logp, entropy), (found.asked_logp, found.entropy)):
+        torch.testing.assert_close(value, expected.logits.gather(-1, ids))
+        torch.testing.assert_close(its_entropy, expected.entropy())
+    torch.testing.assert_close(found.logp, expected.logits.topk(3).values)
+    same_gradients(logp, expected.logits.gather(-1, ids), [hidden, whole.weight, whole.bias])
+    same_gradients(entropy, expected.entropy(), [hidden, whole.weight, whole.bias])
+
+
 def test_many_ids_are_ranked_by_blocks():
     """Large enough for two small selections in place of one; ties and a ragged end included."""
     hidden, weight = torch.randn(5, 4), torch.randn(1031, 4)

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from opd_lightning.functional.head import tiles
 from opd_lightning.functional.head.gradients import Gradients
 from opd_lightning.functional.head.kernels import Kernels, kernels
-from opd_lightning.functional.head.spec import Head, product_dtype, upcast, wide
+from opd_lightning.functional.head.spec import Head, product_dtype, wide
 
 
 class Exact(NamedTuple):
@@ -99,7 +99,8 @@ class _Exact(torch.autograd.Function):
                     if entropy is not None and found is not None:
                         entropy[t, i] = found
         whole, information = tiles.joined(lse, entropy)
-        logits = settings.head.finish.capped(asked if bias is None else asked + upcast(bias)[ids])
+        finish = settings.head.finish
+        logits = finish.capped(asked if finish.bias is None else asked + finish.bias[ids])
         ctx.save_for_backward(hidden, weight, bias, ids, logits, whole, information)
         ctx.settings = settings
         return logits - whole.unsqueeze(-1), whole.new_zeros(()) if information is None else information

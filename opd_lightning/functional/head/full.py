@@ -82,6 +82,7 @@ class _Comparison:
         That in the hidden states is each position's own; those in weight and bias are of ``sum(share * value)``.
         """
         head, gradient = self.student, any(needed)
+        finishes = head.finish, self.teacher.finish
         weight, other = head.weight.to(self.dtypes[0]), self.teacher.weight.to(self.dtypes[1])
         grid = self._grid(len(hidden))
         kept = self.kernel.dtype(self.dtypes[0])
@@ -94,7 +95,7 @@ class _Comparison:
                 student, teacher, *spares = buffers.tensors(len(narrow), head.vocab)
                 tiles.multiply(narrow, weight, student)
                 tiles.multiply(self.teacher_hidden[t].to(other.dtype), other, teacher)
-                sides = Sides(student, head.finish, teacher, self.teacher.finish)
+                sides = Sides(student, finishes[0], teacher, finishes[1])
                 value[t], grad = self.kernel(sides, spares, gradient)
                 if grad is not None:
                     into.add(t, slice(None), grad, narrow, weight, None if share is None else share[t])

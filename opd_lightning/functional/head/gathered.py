@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from opd_lightning.functional.head.kernels import kernels
-from opd_lightning.functional.head.spec import Head, upcast
+from opd_lightning.functional.head.spec import Head
 
 
 def support_logits(
@@ -27,7 +27,8 @@ def support_logits(
     """
     head.check(ids)
     raw = _GatheredLogits.apply(hidden.to(head.weight.dtype), head.weight, ids)
-    return head.finish.capped(raw if head.bias is None else raw + upcast(head.bias)[ids])
+    finish = head.finish
+    return finish.capped(raw if finish.bias is None else raw + finish.bias[ids])
 
 
 class _GatheredLogits(torch.autograd.Function):

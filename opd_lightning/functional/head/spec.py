@@ -8,6 +8,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+RULED_OUT = -1e20
+"""Stands for a bias of -inf: finite, so that 0 times it is 0, even in a tile that holds nothing else."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Finish:
@@ -64,7 +67,8 @@ class Head:
     """What turns hidden states into logits: cap(scale * (W h + b)) / temperature.
 
     cap(x) = softcap * tanh(x / softcap). A tied head passes the embedding's weight; a slice of the weight
-    is a head over fewer ids. ``temperature`` is the scoring temperature tau: S = softmax(z / tau).
+    is a head over fewer ids, and so is, without a softcap, a bias of -inf at the others. ``temperature`` is
+    the scoring temperature tau: S = softmax(z / tau).
     """
 
     weight: Float[Tensor, "vocab hidden"]
@@ -80,8 +84,9 @@ class Head:
 
     @property
     def finish(self) -> Finish:
-        """What follows the matrix product."""
-        return Finish(bias=self.bias, softcap=self.softcap, scale=self.scale, temperature=self.temperature)
+        """What follows the matrix product; a bias of -inf becomes :data:`RULED_OUT`."""
+        bias = None if self.bias is None else upcast(self.bias).clamp(min=RULED_OUT)
+        return Finish(bias=bias, softcap=self.softcap, scale=self.scale, temperature=self.temperature)
 
     def cut(self, ids: slice) -> Head:
         """Return the head of these ids alone."""
