@@ -60,7 +60,8 @@ class Command:
     def arguments(self) -> list[str]:
         """Its arguments, a training run cut to seconds."""
         given = list(self.words[3:])
-        fast = self.module == "opd_lightning.train" and "debug=fast" not in given
+        chosen = any(argument.startswith("debug=") for argument in given)
+        fast = self.module == "opd_lightning.train" and not chosen
         return [*given, "debug=fast"] if fast else given
 
 
