@@ -127,6 +127,7 @@ class _Full(torch.autograd.Function):
         comparison: _Comparison,
     ) -> Tensor:
         needed = ctx.needs_input_grad[:3] if share is not None else (False, False, False)
+        share = None if share is None else _unit(share)[0]
         value, into = comparison(hidden, needed, share)
         ctx.save_for_backward(hidden, weight, bias, share, *into.results())
         ctx.comparison = comparison
@@ -141,19 +142,39 @@ class _Full(torch.autograd.Function):
         if factor is None:
             # A hidden state's own gradient, where it is there, holds for any share.
             again = (needed[0] and into_hidden is None, *needed[1:])
-            own, into_weight, into_bias = ctx.comparison(hidden, again, pull)[1].results()
-            into_hidden, factor = own if into_hidden is None else into_hidden, pull.new_ones(())
-        if into_hidden is not None:
-            into_hidden = into_hidden * pull.unsqueeze(-1).to(into_hidden.dtype)
-        scaled = [None if x is None else x * factor.to(x.dtype) for x in (into_weight, into_bias)]
-        return into_hidden, *scaled, None, None
+            unit, factor = _unit(pull)
+            own, into_weight, into_bias = ctx.comparison(hidden, again, unit)[1].results()
+            into_hidden = own if into_hidden is None else into_hidden
+        return (
+            _scaled(into_hidden, pull),
+            _scaled(into_weight, factor),
+            _scaled(into_bias, factor),
+            None,
+            None,
+        )
+
+
+def _unit(share: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``share`` over its largest magnitude, which no dtype of a head's products rounds to 0, and that."""
+    largest = share.abs().amax() if len(share) else share.new_ones(())
+    largest = torch.where(largest > 0, largest, 1.0)
+    return share / largest, largest
+
+
+def _scaled(gradient: Tensor | None, factor: Tensor) -> Tensor | None:
+    """Return ``gradient`` with its first axis times ``factor``, which may be too small or large for its dtype."""
+    if gradient is None:
+        return None
+    shaped = factor.view(-1, *[1] * (gradient.dim() - 1))
+    return torch.mul(gradient, shaped, out=torch.empty_like(gradient))
 
 
 def _factor(pull: Tensor, share: Tensor) -> Tensor | None:
     """Return c with ``pull = c * share`` up to rounding, or None if there is none."""
+    if not len(pull):
+        return pull.new_ones(())
     square = share.square().sum()
     factor = torch.where(square > 0, (pull * share).sum() / square, 0.0)
-    close = (
-        (pull - factor * share).abs().amax() <= 1e-5 * (factor * share).abs().amax() if len(pull) else True
-    )
+    tolerance = 1e-5 if pull.dtype == torch.float32 else 1e-12
+    close = (pull - factor * share).abs().amax() <= tolerance * (factor * share).abs().amax()
     return factor if close else None

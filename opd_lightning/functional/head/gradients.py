@@ -40,7 +40,7 @@ class Gradients:
             if self.open is None:
                 whole = self.weight[v]
                 self.open = whole if whole.dtype == grad.dtype else torch.zeros_like(whole, dtype=grad.dtype)
-            scaled = hidden if scale is None else hidden * scale.to(hidden.dtype).unsqueeze(-1)
+            scaled = hidden if scale is None else (hidden * scale.unsqueeze(-1)).to(hidden.dtype)
             _add_product(self.open, narrow.T, scaled)
 
     def close(self, v: slice) -> None:
