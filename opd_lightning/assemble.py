@@ -13,8 +13,10 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from opd_lightning.buffer import micro_batch_count
+from opd_lightning.clock import PhaseClock
 from opd_lightning.collector import Collector, check_sizes, longest_row
 from opd_lightning.data import Evaluation, OnPolicyData
+from opd_lightning.diagnostics.utilisation import Meter
 from opd_lightning.errors import ConfigError, require
 from opd_lightning.layout import check_layout
 from opd_lightning.loading import FrozenScorer, Loading, Reference, TeacherSource, check_scratch, load_scorer
@@ -79,19 +81,27 @@ def assemble(
     lora: Lora | None = None,
     split: str = "validation",
     seed: int = 0,
+    peak_tflops: float | None = None,
 ) -> Run:
     """Load the models and build both halves around them, cheap checks first.
 
     ``head_scratch_mb`` bounds the logits that are alive at once, in MB, ``temperature`` is the scoring
     temperature, ``layout`` the way of the rows through the backbone, of every model alike. ``reference`` is
     loaded only if a part needs it (default: the starting student). ``lora`` puts adapters on the student,
-    which are then all that is trained.
+    which are then all that is trained. ``peak_tflops`` is what utilisation is a share of, None to measure it.
 
     Raises:
         ConfigError: anything that cannot work, before a weight is read wherever possible.
     """
     _check_numbers(student_dtype, teacher.dtype, head_scratch_mb, temperature)
     check_layout(layout)
+    require(
+        peak_tflops is None or within(peak_tflops, 1e-6, 1e9),
+        "reporting.peak_tflops",
+        "be a number above 0, or null",
+        peak_tflops,
+        "use null to measure it",
+    )
     if collector.micro_batch_tokens is not None:
         micro_batch_count(1, longest_row(rollout, collector.max_prompt_tokens), collector.micro_batch_tokens)
     _check_taught(objective, rollout)
@@ -129,6 +139,10 @@ def assemble(
         student.set_target("reference", referred.scorer)
     # Refuses writers that are not there.
     writers_for(engine, student, frozen, tokenizer, stops, rollout.writers)
+    clock = PhaseClock()
+    meter = Meter(clock.charge)
+    for scorer in (student, frozen.scorer, *([referred.scorer] if referred else [])):
+        meter.attach(scorer)
     collecting = Collector(
         task=task,
         prompts=training,
@@ -145,12 +159,14 @@ def assemble(
         probe_rows=collector.probe_rows,
         score_tokens=collector.score_tokens,
         micro_batch_tokens=collector.micro_batch_tokens,
+        clock=clock,
+        meter=meter,
     )
     follower = frozen if isinstance(frozen, Follows) else None
     module = OnPolicyDistillation(student, objective, optimizer, scheduler, follower)
     return Run(
         module=module,
-        data=OnPolicyData(collecting, validation, evaluation),
+        data=OnPolicyData(collecting, validation, evaluation, peak_tflops),
         teacher=frozen,
         tokenizer=tokenizer,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -12,15 +13,25 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from opd_lightning.buffer import micro_batch_count, micro_batches
 from opd_lightning.clock import PhaseClock
 from opd_lightning.diagnostics.collection import CollectionReport, describe
+from opd_lightning.diagnostics.utilisation import Meter
 from opd_lightning.errors import ConfigError, require
 from opd_lightning.grades import grade, respond_and_grade
 from opd_lightning.objective import Objective
 from opd_lightning.prompts import Prompts
-from opd_lightning.protocols import Engine, RolloutSampler, Scoring, Task
+from opd_lightning.protocols import Engine, RolloutSampler, Scoring, Task, Writer
 from opd_lightning.schedule import value_at
 from opd_lightning.scorer import Scorer
 from opd_lightning.scoring import ScoringPass
-from opd_lightning.types import Experience, Graded, Rollout, Sampling, Scores, Want
+from opd_lightning.types import (
+    Experience,
+    Generation,
+    Graded,
+    PromptBatch,
+    Rollout,
+    Sampling,
+    Scores,
+    Want,
+)
 from opd_lightning.world import World
 from opd_lightning.writing import counted, writers_for
 
@@ -89,6 +100,8 @@ class Collector:
         score_rows: responses in one forward of a scorer.
         score_tokens: in their place, the most tokens in one forward of a scorer, padding included.
         micro_batch_tokens: the most tokens of a micro-batch, padding included; see :meth:`micro_batches`.
+        clock: what takes how long, in this process.
+        meter: counts the arithmetic of generation, where it follows the models; None for no counts.
         probe_rows: responses of a collection that the student scores exactly for the diagnostics.
 
     Raises:
@@ -111,6 +124,7 @@ class Collector:
     score_tokens: int | None = None
     micro_batch_tokens: int | None = None
     clock: PhaseClock = field(default_factory=PhaseClock)
+    meter: Meter | None = None
 
     def __post_init__(self) -> None:
         sizes = (self.prompts_per_collection, self.steps_per_collection, self.score_rows, self.probe_rows)
@@ -189,9 +203,18 @@ class Collector:
             writers = writers_for(
                 self.engine, student, self.teacher, self.tokenizer, self.stop_ids, self.rollout.writers
             )
-            writers = counted(writers, self.clock.count)
+            writers = counted(writers, partial(self._written, student))
             rollout = self.rollout(prompts, writers, progress, self.objective.needs.student_top)
         return rollout
+
+    def _written(self, student: Scorer, writer: Writer, prompts: PromptBatch, drawn: Generation) -> None:
+        """Count what was generated. A teacher's prompts count as the student's, where they are longer too."""
+        self.clock.count(int(drawn.mask.sum()))
+        teacher = getattr(self.teacher, "scorer", None)
+        models = {"student": (student,), "teacher": (teacher,), "mixed": (student, teacher)}
+        for model in models.get(writer, ()):
+            if self.meter is not None:
+                self.meter.generated(model, prompts, drawn.mask.sum(-1))
 
     # -- scoring and cutting
 
@@ -244,4 +267,6 @@ class Collector:
                     self.task, self.tokenizer, self.engine, model.model, asked, bounded
                 )
                 self.clock.tokens["evaluate"] += int(graded.lengths.sum())
+                if self.meter is not None:
+                    self.meter.generated(model, asked, graded.lengths)
             yield graded

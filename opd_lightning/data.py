@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -9,17 +10,20 @@ from typing import Protocol, runtime_checkable
 
 import lightning as L
 import torch
-from torch import Tensor
 
 from opd_lightning.buffer import check_one_count
 from opd_lightning.collector import Collector
 from opd_lightning.diagnostics.collection import CollectionReport
+from opd_lightning.diagnostics.utilisation import measured_peak
 from opd_lightning.errors import require
+from opd_lightning.processes import world_of
 from opd_lightning.prompts import Prompts
 from opd_lightning.scorer import Scorer
 from opd_lightning.sharding import unsharded
 from opd_lightning.types import Experience, Graded, Sampling
 from opd_lightning.world import World
+
+log = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -94,10 +98,18 @@ class OnPolicyData(L.LightningDataModule):
         collector: the collecting half.
         validation: held-out prompts; None for no evaluation during training.
         evaluation: how they are answered.
+        peak_tflops: what a process's device can do; None to measure it by a matrix product, once.
     """
 
-    def __init__(self, collector: Collector, validation: Prompts | None, evaluation: Evaluation) -> None:
+    def __init__(
+        self,
+        collector: Collector,
+        validation: Prompts | None,
+        evaluation: Evaluation,
+        peak_tflops: float | None = None,
+    ) -> None:
         super().__init__()
+        self.peak_tflops = peak_tflops
         self.collector = collector
         self.validation = validation
         self.evaluation = evaluation
@@ -116,25 +128,7 @@ class OnPolicyData(L.LightningDataModule):
     def world(self) -> World:
         """This process among the trainer's."""
         assert self.trainer is not None
-        strategy = self.trainer.strategy
-
-        def total(tensor: Tensor) -> Tensor:
-            summed = strategy.reduce(tensor.clone(), reduce_op="sum")
-            assert isinstance(summed, Tensor)
-            return summed
-
-        def gather(values: Tensor) -> Tensor:
-            if size == 1:
-                return values
-            # Ranks may differ in length, and a gathering needs one shape: pad, then cut by the counts.
-            counts = strategy.all_gather(torch.tensor(len(values), device=strategy.root_device))
-            padded = values.new_zeros(int(counts.max()))
-            padded[: len(values)] = values
-            rows = strategy.all_gather(padded.to(strategy.root_device))
-            return torch.cat([row[: int(n)] for row, n in zip(rows, counts, strict=True)]).to(values.device)
-
-        size = self.trainer.world_size
-        return World(self.trainer.global_rank, size, total, gather)
+        return world_of(self.trainer)
 
     def precision(self) -> AbstractContextManager[None]:
         """The precision that the learning half computes in, for the collecting half too."""
@@ -167,6 +161,8 @@ class OnPolicyData(L.LightningDataModule):
         assert self.trainer is not None
         self.collector.check_world(self.trainer.world_size)
         self._accumulate(self.collector.micro_batches(self.trainer.world_size))
+        if self.collector.meter is not None and self.peak_tflops is None:
+            self.peak_tflops = self._measured_peak()
         for model in (self.collector.teacher, self.collector.reference):
             if isinstance(model, Movable):
                 model.to(self.trainer.strategy.root_device)
@@ -180,6 +176,16 @@ class OnPolicyData(L.LightningDataModule):
         trainer.accumulate_grad_batches = count
         if isinstance(trainer.val_check_interval, int):
             trainer.val_check_interval *= count
+
+    def _measured_peak(self) -> float:
+        assert self.trainer is not None
+        lower = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+        dtype = lower.get(str(self.trainer.precision), next(self.student.parameters()).dtype)
+        peak = measured_peak(self.trainer.strategy.root_device, dtype)
+        if self.trainer.is_global_zero:
+            name = str(dtype).removeprefix("torch.")
+            log.info("utilisation is of %.3g TFLOP/s: the fastest matrix product here in %s", peak, name)
+        return peak
 
     def train_dataloader(self) -> ExperienceLoader:
         """Return the loader of experience."""
@@ -245,7 +251,7 @@ class ExperienceLoader:
             student.train(training)
         data.report = report
         means = report.means(data.world.total, torch.device(trainer.strategy.root_device))
-        data.metrics = means | data.collector.clock.lap()
+        data.metrics = means | data.collector.clock.lap(data.peak_tflops)
         return steps
 
 

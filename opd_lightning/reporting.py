@@ -132,8 +132,20 @@ def summarise(
         "optimizer_steps": trainer.global_step,
         "response_tokens": clock.tokens["generate"],
         "tokens_per_second": {k: round(v, 1) for k, v in clock.tokens_per_second().items()},
+        **_utilisation(run),
         "seconds_by_phase": {k: round(v, 2) for k, v in clock.seconds.items()},
         "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale, 1),
+    }
+
+
+def _utilisation(run: Run) -> dict[str, Any]:
+    """Return model TFLOP/s by phase, and their share of the peak; see :mod:`opd_lightning.diagnostics.utilisation`."""
+    rates, peak = run.data.collector.clock.tflops(), run.data.peak_tflops
+    shares = {name: rate / peak for name, rate in rates.items()} if peak else {}
+    return {
+        "peak_tflops": peak and float(f"{peak:.4g}"),
+        "model_tflops": {name: float(f"{rate:.4g}") for name, rate in rates.items()},
+        "mfu": {name: round(share, 4) for name, share in shares.items()},
     }
 
 
@@ -153,5 +165,10 @@ def closing(summary: dict[str, Any], folder: Path) -> str:
     lines.append(
         f"{summary['seconds']:.0f} s, {summary['response_tokens']} response tokens; tokens/s: {rates}"
     )
+    if summary["mfu"]:
+        shares = ", ".join(f"{k} {v:.1%}" for k, v in summary["mfu"].items() if k != "all")
+        lines.append(
+            f"model FLOPs utilisation {summary['mfu']['all']:.1%} of {summary['peak_tflops']} TFLOP/s; {shares}"
+        )
     lines.append(f"student, summary.json, metrics.csv and events are in {folder}")
     return "\n".join(lines)

@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 KEYS = {
     *("task", "student", "teacher", "engine", "rollout", "support", "estimator", "divergence", "reward"),
     *("regularizer", "mask", "reduction", "collector", "evaluation", "optimizer", "scheduler", "trainer"),
-    *("strategy", "logger", "callbacks", "reference", "seed"),
+    *("strategy", "logger", "callbacks", "reference", "seed", "reporting", "reporting.peak_tflops"),
     *("student.path", "student.dtype", "student.head_scratch_mb", "student.scoring_temperature"),
     *("student.layout", "student.lora"),
     *("evaluation.split", "evaluation.every_steps", "evaluation.settings", "evaluation.teacher"),
@@ -89,6 +89,7 @@ def run_from(config: DictConfig) -> Run:
         lora=lora_from(config),
         split=config.evaluation.split,
         seed=config.seed,
+        peak_tflops=config.reporting.peak_tflops,
     )
 
 

@@ -63,19 +63,19 @@ def writers_for(
     )
 
 
-def counted(writers: Writers, count: Callable[[int], None]) -> Writers:
-    """Return the writers, telling ``count`` how many tokens each call generates; gold text is not generated."""
+def counted(writers: Writers, tell: Callable[[Writer, PromptBatch, Generation], None]) -> Writers:
+    """Return the writers, telling ``tell`` what each generates behind which prompts; gold text is not generated."""
 
-    def counting(write: Callable[..., Generation]) -> Callable[..., Generation]:
-        def written(*asked: Any) -> Generation:
-            drawn = write(*asked)
-            count(int(drawn.mask.sum()))
+    def telling(writer: Writer, write: Callable[..., Generation]) -> Callable[..., Generation]:
+        def written(prompts: PromptBatch, *asked: Any) -> Generation:
+            drawn = write(prompts, *asked)
+            tell(writer, prompts, drawn)
             return drawn
 
         return written
 
-    models = {name: counting(getattr(writers, name)) for name in ("student", "teacher", "mixed")}
-    return replace(writers, **models)
+    names: tuple[Writer, ...] = ("student", "teacher", "mixed")
+    return replace(writers, **{name: telling(name, getattr(writers, name)) for name in names})
 
 
 def _bounded(sampling: Sampling, stop_ids: tuple[int, ...], vocab: int) -> Sampling:

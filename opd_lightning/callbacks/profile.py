@@ -6,6 +6,7 @@ import platform
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch.autograd.profiler_util import FunctionEventAvg
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from opd_lightning.clock import PhaseClock
+from opd_lightning.data import OnPolicyData
 from opd_lightning.errors import require
 
 
@@ -87,12 +89,13 @@ class Profile(L.Callback):
 
     def _at(self, trainer: L.Trainer, step: int) -> None:
         begin, traced, end = self._plan(trainer)
-        clock: PhaseClock = trainer.datamodule.collector.clock  # type: ignore[attr-defined]
+        data: OnPolicyData = trainer.datamodule  # type: ignore[attr-defined]
+        clock = data.collector.clock
         device = trainer.strategy.root_device
         if step == begin:
             self._window = _Window.open(clock, device)
         elif step == traced and self._window is not None:
-            self._report = self._window.close(clock, device, traced - begin)
+            self._report = self._window.close(clock, device, traced - begin, data.peak_tflops)
             self._trace = _Trace(clock) if trainer.is_global_zero else None
         elif step == end and self._window is not None:
             trainer.should_stop = True
@@ -118,6 +121,7 @@ class _Window:
     begun: float
     seconds: dict[str, float]
     tokens: dict[str, int]
+    work: dict[str, float]
 
     @classmethod
     def open(cls, clock: PhaseClock, device: torch.device) -> _Window:
@@ -125,24 +129,26 @@ class _Window:
             torch.cuda.synchronize(device)
             torch.cuda.reset_peak_memory_stats(device)
         clock.switch(clock.phase)  # charges what has passed
-        return cls(time.perf_counter(), dict(clock.seconds), dict(clock.tokens))
+        return cls(time.perf_counter(), dict(clock.seconds), dict(clock.tokens), dict(clock.work))
 
-    def close(self, clock: PhaseClock, device: torch.device, steps: int) -> str:
-        """Return the table of the phases since."""
+    def close(self, clock: PhaseClock, device: torch.device, steps: int, peak: float | None) -> str:
+        """Return the table of the phases since; ``peak`` is what utilisation is a share of, TFLOP/s."""
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         clock.switch(clock.phase)
         wall = time.perf_counter() - self.begun
         seconds = {p: s - self.seconds.get(p, 0.0) for p, s in clock.seconds.items()}
         tokens = {p: n - self.tokens.get(p, 0) for p, n in clock.tokens.items()}
+        work = {p: w - self.work.get(p, 0.0) for p, w in clock.work.items()}
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
         lines = [
             f"# Profile of {steps} optimizer steps",
             "",
             f"On {where}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python "
             f"{platform.python_version()}. Seconds are of this process, without the profiler.",
+            "" if peak is None else f"Utilisation is of {peak:.4g} TFLOP/s.",
             "",
-            *phase_table(seconds, tokens, wall),
+            *phase_table(seconds, tokens, work, wall, peak),
             "",
             *(f"Peak memory: {text}." for text in peak_memory(device)),
         ]
@@ -178,21 +184,36 @@ class _Trace:
             self.profiler.stop()
 
 
-def phase_table(seconds: dict[str, float], tokens: dict[str, int], wall: float) -> list[str]:
-    """Return the phases, the longest first, and what no phase accounts for, as rows of markdown."""
-    rows = [
-        "| phase | seconds | share | response tokens | tokens per second |",
-        "|---|---:|---:|---:|---:|",
-    ]
-    spent = {name: s for name, s in seconds.items() if s > 0.0}
-    for name, s in sorted(spent.items(), key=lambda item: -item[1]):
-        n = tokens.get(name, 0)
+def phase_table(
+    seconds: Mapping[str, float],
+    tokens: Mapping[str, int],
+    work: Mapping[str, float],
+    wall: float,
+    peak: float | None,
+) -> list[str]:
+    """Return the phases, the longest first, and what no phase accounts for, as rows of markdown.
+
+    Model TFLOP/s and their share of ``peak`` are those of :mod:`opd_lightning.diagnostics.utilisation`.
+    """
+
+    def row(name: str, s: float, n: int, w: float) -> str:
         counted = f"{n} | {n / s:.0f}" if n else " | "
-        rows.append(f"| {name} | {s:.3f} | {s / wall:.1%} | {counted} |")
-    rest = max(wall - sum(spent.values()), 0.0)
-    rows.append(f"| other: grading, cutting, logging | {rest:.3f} | {rest / wall:.1%} |  |  |")
-    rows.append(f"| all | {wall:.3f} | 100.0% |  |  |")
-    return rows
+        rate = w / s / 1e12
+        share = f"{rate / peak:.1%}" if w and peak else ""
+        return f"| {name} | {s:.3f} | {s / wall:.1%} | {counted} | {f'{rate:.4g}' if w else ''} | {share} |"
+
+    spent = {name: s for name, s in seconds.items() if s > 0.0}
+    rest = max(wall - sum(spent.values()), 1e-9)
+    return [
+        "| phase | seconds | share | response tokens | tokens per second | model TFLOP/s | utilisation |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+        *(
+            row(name, s, tokens.get(name, 0), work.get(name, 0.0))
+            for name, s in sorted(spent.items(), key=lambda item: -item[1])
+        ),
+        row("other: grading, cutting, logging", rest, 0, 0.0),
+        row("all", wall, 0, sum(work.values())),
+    ]
 
 
 def peak_memory(device: torch.device) -> list[str]:

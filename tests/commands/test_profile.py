@@ -60,6 +60,12 @@ def test_the_table_is_of_the_timed_steps(done):
     phases = ("train", "generate", "score", "probe", "other: grading, cutting, logging")
     assert sum(float(rows[name][0]) for name in phases) == pytest.approx(float(rows["all"][0]), abs=0.005)
     assert all(float(rows[name][0]) > 0 for name in phases)
+    peak = done.summary["peak_tflops"]
+    assert f"Utilisation is of {peak:.4g} TFLOP/s." in text
+    for name in ("train", "generate", "score", "probe", "all"):
+        share = float(rows[name][5].removesuffix("%")) / 100
+        assert share == pytest.approx(float(rows[name][4]) / peak, abs=6e-4)
+        assert 0 < share < 1
     assert re.search(r"Peak memory: \d{3,} MB of this process", text)
 
 
@@ -112,11 +118,13 @@ def test_an_error_leaves_no_profiler_behind(tmp_path):
 
 
 def test_tables_of_known_numbers():
-    rows = cells("\n".join(phase_table({"train": 1.0, "generate": 2.0, "idle": 0.0}, {"generate": 50}, 4.0)))
+    seconds = {"train": 1.0, "generate": 2.0, "idle": 0.0}
+    rows = cells("\n".join(phase_table(seconds, {"generate": 50}, {"generate": 3e12}, 4.0, 6.0)))
     assert [name for name in rows if name in ("generate", "train")] == ["generate", "train"]
-    assert rows["generate"] == ["2.000", "50.0%", "50", "25"]
-    assert rows["train"] == ["1.000", "25.0%", "", ""]
+    assert rows["generate"] == ["2.000", "50.0%", "50", "25", "1.5", "25.0%"]
+    assert rows["train"] == ["1.000", "25.0%", "", "", "", ""]
     assert rows["other: grading, cutting, logging"][:2] == ["1.000", "25.0%"]
+    assert rows["all"][-2:] == ["0.75", "12.5%"]
     assert "idle" not in rows
 
 

@@ -83,6 +83,8 @@ SETTINGS = [
     (["student.dtype=int8"], "student.dtype", ["got 'int8'", "bfloat16"]),
     (["student.layout=dense"], "student.layout", ["auto, padded, buckets, packed", "got 'dense'"]),
     (["teacher.dtype=wrong"], "teacher.dtype", ["got 'wrong'", "bfloat16"]),
+    (["reporting.peak_tflops=0"], "reporting.peak_tflops", ["above 0", "got 0", "null"]),
+    (["reporting.peak_tflops=some"], "reporting.peak_tflops", ["got 'some'"]),
     (["seed=-1"], "seed", ["got -1"]),
     (["seed=word"], "seed", ["got 'word'"]),
 ]

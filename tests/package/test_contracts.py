@@ -24,7 +24,7 @@ BIN = Path(sys.executable).parent
 COMMANDS = {"train", "evaluate", "make_task", "toy_gamma", "choose_horizon"}
 COMMANDS |= {"reporting", "commands", "overrides"}
 # Modules that may know Lightning: the two halves and what runs them.
-RUNNERS = {"module", "data", "assemble", "export", "callbacks", "optim", "strategies"}
+RUNNERS = {"processes", "module", "data", "assemble", "export", "callbacks", "optim", "strategies"}
 
 
 def modules() -> set[str]:
