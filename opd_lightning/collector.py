@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -18,7 +19,7 @@ from opd_lightning.errors import ConfigError, require
 from opd_lightning.grades import grade, respond_and_grade
 from opd_lightning.objective import Objective
 from opd_lightning.prompts import Prompts
-from opd_lightning.protocols import Engine, RolloutSampler, Scoring, Task, Writer
+from opd_lightning.protocols import Engine, KeepsCopy, RolloutSampler, Scoring, Task, Writer
 from opd_lightning.schedule import value_at
 from opd_lightning.scorer import Scorer
 from opd_lightning.scoring import ScoringPass
@@ -170,7 +171,8 @@ class Collector:
             world: this process among all.
         """
         with torch.no_grad():
-            rollout = replace(self._roll_out(student, collection, progress, world), version=version)
+            with self.drawing(student, version):
+                rollout = replace(self._roll_out(student, collection, progress, world), version=version)
             graded = self._graded(rollout)
             with self.clock.during("score"):
                 experience = replace(
@@ -187,6 +189,18 @@ class Collector:
         return steps, report
 
     # -- generation
+
+    @contextmanager
+    def drawing(self, student: Scorer, version: int) -> Iterator[None]:
+        """Have the engine draw from the student's weights after ``version`` optimizer steps inside the block."""
+        if not isinstance(self.engine, KeepsCopy):
+            yield
+            return
+        self.engine.bind(student.model, version)
+        try:
+            yield
+        finally:
+            self.engine.rest()
 
     def _roll_out(self, student: Scorer, collection: int, progress: float, world: World) -> Rollout:
         per_step = self.prompts_per_collection // self.steps_per_collection

@@ -293,7 +293,9 @@ class GradedLoader:
     def _answer(self, rows: Sequence[int]) -> Graded:
         # Gathered for each batch: Lightning does not run a loader to its end, where a block around all would close.
         collector, student = self.data.collector, self.data.student
-        with self.data.counting(), self.data.precision(), unsharded(student):
+        assert self.data.trainer is not None
+        drawing = collector.drawing(student, self.data.trainer.global_step)
+        with self.data.counting(), self.data.precision(), unsharded(student), drawing:
             answers = collector.evaluate(
                 student, self.prompts, rows, self.sampling, self.samples, max(len(rows), 1)
             )

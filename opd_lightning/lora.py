@@ -135,7 +135,7 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 def merged(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the weights of the plain model that computes what the adapted ``model`` does.
 
-    ``state`` holds the model's own names. Sums are taken in at least float32 and rounded once.
+    ``state`` holds the model's own names, on any device. Sums are taken in at least float32 and rounded once.
     """
     plain = dict(state)
     for path, layer in adapted(model).items():
@@ -144,9 +144,9 @@ def merged(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             tensor = plain.pop(name)
             if name.startswith(base):
                 plain[f"{path}.{name.removeprefix(base)}"] = tensor
-        weight, change = plain[f"{path}.weight"], layer.get_delta_weight(_NAME).cpu()
+        weight, change = plain[f"{path}.weight"], layer.get_delta_weight(_NAME)
         wide = torch.promote_types(weight.dtype, torch.float32)
-        plain[f"{path}.weight"] = (weight.to(wide) + change.to(wide)).to(weight.dtype)
+        plain[f"{path}.weight"] = (weight.to(wide) + change.to(weight.device, wide)).to(weight.dtype)
     return plain
 
 

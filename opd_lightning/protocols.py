@@ -59,6 +59,19 @@ class Engine(Protocol):
 
 
 @runtime_checkable
+class KeepsCopy(Protocol):
+    """An engine that draws from a copy of the student's weights, and has to be told when they are others."""
+
+    def bind(self, model: PreTrainedModel, version: int) -> None:
+        """Draw for ``model``, whose weights have ``version`` optimizer steps behind them from now on."""
+        ...
+
+    def rest(self) -> None:
+        """Give back what memory only drawing needs, until the next draw."""
+        ...
+
+
+@runtime_checkable
 class RolloutSampler(Protocol):
     """Decides how responses come about: sampling settings, lengths, who writes which token."""
 

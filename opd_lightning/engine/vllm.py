@@ -1,0 +1,265 @@
+"""Generation by vLLM in this process, from a copy of the student's weights that is never stale."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from opd_lightning.engine.canary import Canary, unlike
+from opd_lightning.engine.copies import state_of, weights_of
+from opd_lightning.engine.drawn import Record
+from opd_lightning.engine.sampling import check
+from opd_lightning.engine.transformers import TransformersEngine
+from opd_lightning.engine.vllm_adapter import Adapter, Drawn, EngineSettings, check_installed, head_sizes
+from opd_lightning.engine.vllm_heads import WiderHeads, wider_heads
+from opd_lightning.errors import ConfigError, require
+from opd_lightning.models import check_dtype, evaluating
+from opd_lightning.types import Finish, Generation, PromptBatch, Sampling
+
+
+@dataclass
+class _Held:
+    """What an engine has in hand: the model that it draws for, and its copy. Mutable, one an engine."""
+
+    model: PreTrainedModel | None = None
+    version: int | None = None
+    adapter: Adapter | None = None
+    wider: WiderHeads | None = None
+    pushes: int = 0
+    gap: float | None = None
+    canary: Canary = field(default_factory=Canary)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VllmEngine:
+    """Draws the student's responses with vLLM, which holds a second copy of the weights on the same device.
+
+    A changed weight is sent before the next draw, all of them in place. After the first sending, and each
+    ``check_every``-th, a few tokens are drawn and their log-probs compared with the student's own.
+    The copy belongs to one model: the one of :meth:`bind`, else the first that is generated for. Others (a
+    teacher that writes) are run by ``engine=transformers`` with its defaults.
+
+    Args:
+        dtype: of the copy; None for what the student computes in.
+        memory: share of the GPU's memory for weights and cache together; unused on a CPU.
+        kv_cache_mb: size of the cache on a CPU; unused on a GPU.
+        max_model_len: longest prompt with response; None for what the model allows.
+        rows: responses in flight at once, at most.
+        enforce_eager: no CUDA graphs: slower, but less memory and a faster start. A CPU has none.
+        sleep: give back the GPU's memory between generations; unused on a CPU.
+        check_every: sendings from one comparison to the next; 0 for the first alone.
+        tolerance: largest difference of a log-prob in nats; None for 1e-3 in float32 and 0.3 in a half type.
+
+    Raises:
+        ConfigError: vLLM is not installed, or a number is out of its range.
+    """
+
+    dtype: str | None = None
+    memory: float = 0.4
+    kv_cache_mb: int = 256
+    max_model_len: int | None = None
+    rows: int = 128
+    enforce_eager: bool = False
+    sleep: bool = True
+    check_every: int = 16
+    tolerance: float | None = None
+    _held: _Held = field(default_factory=_Held, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None:
+            check_dtype(self.dtype, "engine.dtype")
+        require(0 < self.memory < 1, "engine.memory", "be in (0, 1)", self.memory, "use 0.4")
+        least: dict[str, tuple[Any, int]] = {
+            "kv_cache_mb": (self.kv_cache_mb, 1),
+            "rows": (self.rows, 1),
+            "check_every": (self.check_every, 0),
+            "max_model_len": (16 if self.max_model_len is None else self.max_model_len, 16),
+        }
+        for name, (value, low) in least.items():
+            whole = isinstance(value, int) and not isinstance(value, bool) and value >= low
+            require(whole, f"engine.{name}", f"be a whole number of at least {low}", value, "raise it")
+        positive = self.tolerance is None or self.tolerance > 0
+        require(positive, "engine.tolerance", "be above 0", self.tolerance, "use null")
+        check_installed()
+
+    def bind(self, model: PreTrainedModel, version: int) -> None:
+        """Draw for ``model``, whose weights have ``version`` optimizer steps behind them from now on."""
+        held = self._held
+        require(
+            held.model in (None, model),
+            "engine",
+            "draw for one student",
+            "another one",
+            "build an engine for each",
+        )
+        held.model, held.version = model, version
+
+    def rest(self) -> None:
+        """Give back the GPU's memory until the next draw."""
+        if self.sleep and self._held.adapter is not None:
+            self._held.adapter.sleep()
+
+    @property
+    def gap(self) -> float | None:
+        """The difference that the last comparison found, in nats; None before the first."""
+        return self._held.gap
+
+    def generate(self, model: PreTrainedModel, prompts: PromptBatch, sampling: Sampling) -> Generation:
+        """Draw one response for each row of ``prompts``, each from its own seed, with the weights as they are now.
+
+        ``behavior_logp`` is that of the truncated, renormalised sampler (0 where greedy). ``top_ids`` come
+        with it unless the sampler truncates, since vLLM then ranks only what is left; the collector scores
+        the student where they are missing.
+
+        Raises:
+            ConfigError: settings out of range, a request longer than the engine allows, or weights that did
+                not arrive.
+        """
+        held = self._held
+        held.model = held.model or model
+        if model is not held.model:
+            return TransformersEngine().generate(model, prompts, sampling)
+        _check(prompts, sampling)
+        # Lightning evaluates in inference mode, in which the copy's weights could not be replaced later.
+        with torch.inference_mode(False), torch.no_grad(), evaluating(model):
+            if len(prompts) == 0:
+                return Record(0, sampling, prompts.ids.device).generation()
+            adapter = self._fresh(model, prompts)
+            rows = [ids[mask].tolist() for ids, mask in zip(prompts.ids, prompts.mask, strict=True)]
+            self._check_length(rows, sampling, adapter)
+            truncated = sampling.top_p < 1 or sampling.top_k > 0 or sampling.min_p > 0
+            asked = replace(sampling, top_ids=0) if truncated else sampling
+            with torch.autocast(model.device.type, enabled=False):
+                drawn = adapter.draw(rows, prompts.seeds, asked)
+            return as_generation(drawn, asked, prompts.ids.device)
+
+    # -- the copy of the weights
+
+    def _fresh(self, model: PreTrainedModel, prompts: PromptBatch) -> Adapter:
+        """Return the engine with the weights as they are now."""
+        held = self._held
+        if held.adapter is None:
+            held.wider = wider_heads(model.config, head_sizes(model.device))
+            config = model.config if held.wider is None else held.wider.config(model.config)
+            with torch.autocast(model.device.type, enabled=False):
+                held.adapter = Adapter(config, self._settings(model), model.device)
+        adapter, wanted = held.adapter, state_of(model, held.version)
+        if adapter.version != wanted:
+            self._push(model, adapter, wanted)
+            held.pushes += 1
+            require(
+                adapter.version == wanted,
+                "engine",
+                "hold the weights of this step before it draws",
+                "older ones",
+                "report it: the sending was skipped or failed",
+            )
+            held.canary.settle(prompts, adapter.block, adapter.longest)
+            if held.pushes == 1 or (self.check_every and held.pushes % self.check_every == 0):
+                self._compare(model, adapter)
+        return adapter
+
+    def _push(self, model: PreTrainedModel, adapter: Adapter, version: object) -> None:
+        weights = weights_of(model)
+        with torch.autocast(model.device.type, enabled=False):
+            adapter.push(weights if self._held.wider is None else self._held.wider.weights(weights), version)
+
+    def _compare(self, model: PreTrainedModel, adapter: Adapter) -> None:
+        """Stop the run if the engine computes something else than the trainer; say what differs."""
+        held, allowed = self._held, self._tolerance(model)
+        held.gap = held.canary.gap(adapter.draw, model)
+        if held.gap <= allowed:
+            return
+        gap = held.gap
+        adapter.forget()
+        if held.canary.gap(adapter.draw, model) <= allowed:
+            cause = "keys and values of older weights that its prefix cache kept"
+        else:
+            weights = weights_of(model)
+            named = weights if held.wider is None else held.wider.weights(weights)
+            differ, count = unlike(named, adapter.sums(), adapter.packed())
+            cause = f"weights that differ: {', '.join(differ[:5])}" if differ else _unseen(count)
+        raise ConfigError(
+            f"`engine` must give the student's own log-probs within engine.tolerance={allowed}, got a difference "
+            f"of {gap:.3g} after {held.pushes} weight updates ({cause}); use engine=transformers, or raise "
+            "engine.tolerance if this is the rounding of engine.dtype"
+        )
+
+    # -- settings
+
+    def _settings(self, model: PreTrainedModel) -> EngineSettings:
+        return EngineSettings(
+            dtype=self._dtype(model),
+            rows=self.rows,
+            max_model_len=self.max_model_len,
+            memory=self.memory,
+            kv_cache_mb=self.kv_cache_mb,
+            enforce_eager=self.enforce_eager,
+        )
+
+    def _dtype(self, model: PreTrainedModel) -> str:
+        kind = model.device.type
+        used = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
+        return self.dtype or str(used).removeprefix("torch.")
+
+    def _tolerance(self, model: PreTrainedModel) -> float:
+        return self.tolerance or (1e-3 if self._dtype(model) == "float32" else 0.3)
+
+    def _check_length(self, rows: list[list[int]], sampling: Sampling, adapter: Adapter) -> None:
+        needed = max(map(len, rows)) + sampling.max_new_tokens
+        require(
+            needed <= adapter.longest,
+            "engine.max_model_len",
+            f"be at least {needed} for the longest prompt with its response",
+            adapter.longest,
+            "raise it as far as the model allows, or lower rollout.max_new_tokens or collector.max_prompt_tokens",
+        )
+
+
+def _unseen(count: int) -> str:
+    return (
+        f"the {count} weights that could be read agree, so that it is one that vLLM repacks, such as a tied head, or "
+        "the computation itself"
+    )
+
+
+def _check(prompts: PromptBatch, sampling: Sampling) -> None:
+    check(sampling)
+    whole = bool(prompts.mask.any(-1).all())
+    require(whole, "prompts", "have at least one token each", 0, "check the chat template")
+    both = sampling.min_p > 0 and sampling.top_p < 1
+    # vLLM would apply min-p first, and top-p to what that leaves.
+    require(
+        not both, "sampling.min_p", "be 0 beside top_p < 1 with vLLM", sampling.min_p, "set one of the two"
+    )
+    known = sampling.temperature == 0 or 0.01 <= sampling.temperature <= 2
+    remedy = "use engine=transformers for others"
+    require(known, "sampling.temperature", "be 0 or in [0.01, 2] with vLLM", sampling.temperature, remedy)
+
+
+def as_generation(drawn: list[Drawn], sampling: Sampling, device: torch.device) -> Generation:
+    """Return responses of any length as one right-padded value on ``device``."""
+    lengths = torch.tensor([len(one.ids) for one in drawn])
+    longest = int(lengths.max())
+
+    def padded(rows: list[list[Any]], dtype: torch.dtype) -> Tensor:
+        return torch.tensor([row + [0] * (longest - len(row)) for row in rows], dtype=dtype, device=device)
+
+    greedy = sampling.temperature == 0
+    logp = padded([one.logp for one in drawn], torch.float32)
+    top = None
+    if sampling.top_ids and not (sampling.top_p < 1 or sampling.top_k or sampling.min_p):
+        empty = [[0] * sampling.top_ids]
+        top = torch.tensor([one.top + empty * (longest - len(one.ids)) for one in drawn], device=device)
+    finish = [Finish.EOS if one.stopped else Finish.LENGTH for one in drawn]
+    return Generation(
+        ids=padded([one.ids for one in drawn], torch.long),
+        mask=(torch.arange(longest) < lengths[:, None]).to(device),
+        behavior_logp=torch.zeros_like(logp) if greedy else logp,
+        finish=torch.tensor([int(f) for f in finish], device=device),
+        top_ids=top,
+    )
