@@ -61,6 +61,23 @@ def test_exact(kind, dtype, scratch):
     same(entropy, -(logp.exp() * logp).sum(-1), of(hidden, head), dtype)
 
 
+def test_a_likely_id_keeps_its_gradient():
+    """Tiles are kept in bf16, where pull (1 - p) would be nothing as the sum of -pull p and pull."""
+    hidden, head = make(torch.bfloat16, "linear")
+    ids = torch.tensor([0, 11, 12, 13, 14, VOCAB - 1]).unsqueeze(-1).repeat(1, 2)
+    for likely in torch.linspace(0.5, 3, 11):
+        hidden = (likely * head.weight[ids[:, 0]].detach()).requires_grad_()
+        raw = (hidden @ head.weight.T).detach().double()  # rounded to bf16, as the kernels' are
+        pull = torch.tensor([1.0, 0.5], dtype=torch.float64).expand(N, 2)
+        of_logits = torch.zeros_like(raw).scatter_add_(-1, ids, pull) - 1.5 * raw.softmax(-1)
+        logp = exact(hidden, head, ids, entropy=False, scratch=2 * 6 * 33).logp
+        (got,) = torch.autograd.grad((logp * pull).sum(), hidden)
+        expected = of_logits @ head.weight.detach().double()
+        certain = raw.softmax(-1).gather(-1, ids[:, :1]) > 1 - 1e-5  # beyond what float32 can tell from 1
+        off = (got.double() - expected).norm(dim=-1, keepdim=True) / expected.norm(dim=-1, keepdim=True)
+        assert off[~certain].lt(0.1).all()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_support_logits(kind, dtype):

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from opd_lightning.functional.head import tiles
+from opd_lightning.functional.head.asked import AskedGradient, placed
 from opd_lightning.functional.head.gradients import Gradients
 from opd_lightning.functional.head.kernels import Kernels, kernels
 from opd_lightning.functional.head.spec import Head, product_dtype, wide
@@ -91,7 +92,7 @@ class _Exact(torch.autograd.Function):
                 for t in grid.blocks():
                     raw, *spare = buffers.tensors(len(narrow[t]), len(part))
                     tiles.multiply(narrow[t], part, raw)
-                    inside, place = _placed(ids[t], v)
+                    inside, place = placed(ids[t], v)
                     asked[t] = torch.where(inside, raw.gather(-1, place).to(asked.dtype), asked[t])
                     lse[t, i], found = settings.kernels.statistics(
                         raw, finish, spare[0] if spare else None, settings.entropy
@@ -112,7 +113,8 @@ class _Exact(torch.autograd.Function):
         settings: _Settings = ctx.settings
         (grid, buffers), narrow = settings.tiling(len(hidden)), hidden.to(settings.dtype)
         into = Gradients(ctx.needs_input_grad, hidden, weight, bias)
-        lse_pull, asked_pull = -pull.sum(-1), settings.head.finish.pull_back_(pull.clone(), logits)
+        lse_pull = -pull.sum(-1)
+        asked = AskedGradient.of(ids, pull, logits, settings.head.finish, lse, entropy, entropy_pull)
         with torch.autocast(hidden.device.type, enabled=False):
             for v in grid.slices():
                 part, finish = weight[v].to(settings.dtype), settings.head.cut(v).finish
@@ -122,14 +124,7 @@ class _Exact(torch.autograd.Function):
                     more, its_pull = (None, None) if entropy is None else (entropy[t], entropy_pull[t])
                     other = spare[0] if spare else None
                     grad = settings.kernels.gradient(raw, finish, lse[t], lse_pull[t], more, its_pull, other)
-                    inside, place = _placed(ids[t], v)
-                    grad.scatter_add_(-1, place, torch.where(inside, asked_pull[t], 0.0).to(grad.dtype))
+                    asked.write(grad, t, v)
                     into.add(t, v, grad, narrow[t], part)
                 into.close(v)
         return (*into.results(), None, None)
-
-
-def _placed(ids: Int[Tensor, "n k"], v: slice) -> tuple[Bool[Tensor, "n k"], Int[Tensor, "n k"]]:
-    """Return which ids fall into a slice of the vocabulary, and their places there (0 for the others)."""
-    inside = (ids >= v.start) & (ids < v.stop)
-    return inside, torch.where(inside, ids - v.start, 0)
