@@ -129,16 +129,20 @@ class _Full(torch.autograd.Function):
         needed = ctx.needs_input_grad[:3] if share is not None else (False, False, False)
         share = None if share is None else _unit(share)[0]
         value, into = comparison(hidden, needed, share)
-        ctx.save_for_backward(hidden, weight, bias, share, *into.results())
+        ctx.save_for_backward(hidden, weight, bias, share)
+        # No input and no output, so free to be kept here, and given away by the first backward pass.
+        ctx.taken = None if share is None else into.results()
         ctx.comparison = comparison
         return value
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, pull: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, _, _, share, into_hidden, into_weight, into_bias = ctx.saved_tensors
+        hidden, _, _, share = ctx.saved_tensors
         needed = ctx.needs_input_grad[:3]
-        factor = None if share is None else _factor(pull, share)
+        taken, ctx.taken = ctx.taken, None
+        into_hidden, into_weight, into_bias = taken or (None, None, None)
+        factor = None if taken is None else _factor(pull, share)
         if factor is None:
             # A hidden state's own gradient, where it is there, holds for any share.
             again = (needed[0] and into_hidden is None, *needed[1:])
@@ -146,9 +150,9 @@ class _Full(torch.autograd.Function):
             own, into_weight, into_bias = ctx.comparison(hidden, again, unit)[1].results()
             into_hidden = own if into_hidden is None else into_hidden
         return (
-            _scaled(into_hidden, pull),
-            _scaled(into_weight, factor),
-            _scaled(into_bias, factor),
+            _scale(into_hidden, pull),
+            _scale(into_weight, factor),
+            _scale(into_bias, factor),
             None,
             None,
         )
@@ -161,12 +165,11 @@ def _unit(share: Tensor) -> tuple[Tensor, Tensor]:
     return share / largest, largest
 
 
-def _scaled(gradient: Tensor | None, factor: Tensor) -> Tensor | None:
-    """Return ``gradient`` with its first axis times ``factor``, which may be too small or large for its dtype."""
+def _scale(gradient: Tensor | None, factor: Tensor) -> Tensor | None:
+    """Multiply ``gradient`` along its first axis by ``factor``, which may be too small or large for its dtype."""
     if gradient is None:
         return None
-    shaped = factor.view(-1, *[1] * (gradient.dim() - 1))
-    return torch.mul(gradient, shaped, out=torch.empty_like(gradient))
+    return torch.mul(gradient, factor.view(-1, *[1] * (gradient.dim() - 1)), out=gradient)
 
 
 def _factor(pull: Tensor, share: Tensor) -> Tensor | None:
