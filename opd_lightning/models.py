@@ -16,7 +16,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from opd_lightning.errors import ConfigError, require
 from opd_lightning.paths import model_path
 
-_PROBES = (
+PROBES = (
     "Let x = 12.5; then 3*x - 7 = 30.5.",
     "Zoë said:\n\t“naïve”  \\frac{1}{2}",
     "数学 def f(x): return x**2",
@@ -163,7 +163,7 @@ def shared_vocabulary(
             f"other ids (for example {moved[0]!r}: student id {ids[0]}, its id {ids[1]}); choose a model of "
             "the same family, or the student would learn to stop at another token"
         )
-    for text in _PROBES:
+    for text in PROBES:
         cut = [tok(text, add_special_tokens=False)["input_ids"] for tok in (student, teacher)]
         if cut[0] != cut[1]:
             raise ConfigError(
