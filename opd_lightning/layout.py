@@ -33,9 +33,9 @@ measured (benchmarks/layouts.py); CUDA's is an estimate, 0.4 ms at 150 TFLOP/s.
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
-def check_layout(layout: str) -> None:
+def check_layout(layout: str, field: str = "student.layout") -> None:
     """Raise ConfigError for a name that is no layout."""
-    require(layout in LAYOUTS, "student.layout", f"be one of {', '.join(LAYOUTS)}", layout, "use auto")
+    require(layout in LAYOUTS, field, f"be one of {', '.join(LAYOUTS)}", layout, "use auto")
 
 
 @dataclass(frozen=True, kw_only=True)

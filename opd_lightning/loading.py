@@ -14,7 +14,14 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from opd_lightning.errors import require
 from opd_lightning.layout import check_packed
-from opd_lightning.models import evaluating, load_model
+from opd_lightning.models import (
+    evaluating,
+    load_model,
+    load_tokenizer,
+    pair_vocabulary,
+    vocabulary_width,
+)
+from opd_lightning.protocols import Scoring
 from opd_lightning.scorer import Scorer, check_head
 from opd_lightning.types import Problem, PromptBatch, Scores, TokenBatch, Want
 
@@ -58,10 +65,10 @@ class SharedScorer(FrozenScorer):
         return self
 
 
-def check_scratch(scratch_mb: object) -> None:
-    """Raise ConfigError unless ``student.head_scratch_mb`` is a size."""
+def check_scratch(scratch_mb: object, field: str = "student.head_scratch_mb") -> None:
+    """Raise ConfigError unless ``field`` is a size."""
     size = isinstance(scratch_mb, int | float) and not isinstance(scratch_mb, bool) and scratch_mb > 0
-    require(size, "student.head_scratch_mb", "be a number of MB above 0", scratch_mb, "use 256")
+    require(size, field, "be a number of MB above 0", scratch_mb, "use 256")
 
 
 def load_scorer(
@@ -159,9 +166,30 @@ class TeacherSource(Protocol):
         """Torch dtype of its weights."""
         ...
 
-    def load(self, loading: Loading) -> FrozenScorer:
-        """Return the teacher."""
+    def load(self, loading: Loading) -> Scoring:
+        """Return the teacher, a :class:`FrozenScorer` where its weights are in this process."""
         ...
+
+
+@runtime_checkable
+class SharesVocabulary(Protocol):
+    """A teacher elsewhere, which compares tokenizers itself."""
+
+    def shared_vocabulary(self, tokenizer: PreTrainedTokenizerBase, width: int) -> int:
+        """Return how many ids it shares with a student of this tokenizer and width of logits, or refuse it."""
+        ...
+
+
+def paired(student_path: str, teacher: TeacherSource) -> tuple[PreTrainedTokenizerBase, int]:
+    """Return the student's tokenizer, and how many ids student and teacher share; no weights are read.
+
+    Raises:
+        ConfigError: a folder is no model, or the tokenizers differ.
+    """
+    if not isinstance(teacher, SharesVocabulary):
+        return pair_vocabulary(student_path, teacher.path)
+    tokenizer = load_tokenizer(student_path, "student.path")
+    return tokenizer, teacher.shared_vocabulary(tokenizer, vocabulary_width(student_path, "student.path"))
 
 
 @runtime_checkable

@@ -21,7 +21,7 @@ CONTRACTS = {c["name"]: c for c in PROJECT["tool"]["importlinter"]["contracts"]}
 BIN = Path(sys.executable).parent
 
 # Modules that may know Hydra: the commands, and what they share.
-COMMANDS = {"train", "evaluate", "make_task", "toy_gamma", "choose_horizon"}
+COMMANDS = {"train", "evaluate", "make_task", "toy_gamma", "choose_horizon", "serve_teacher"}
 COMMANDS |= {"reporting", "commands", "overrides"}
 # Modules that may know Lightning: the two halves and what runs them.
 RUNNERS = {"processes", "module", "data", "assemble", "export", "callbacks", "optim", "strategies"}
