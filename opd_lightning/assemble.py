@@ -19,13 +19,21 @@ from opd_lightning.data import Evaluation, OnPolicyData
 from opd_lightning.diagnostics.utilisation import Meter
 from opd_lightning.errors import ConfigError, require
 from opd_lightning.layout import check_layout
-from opd_lightning.loading import FrozenScorer, Loading, Reference, TeacherSource, check_scratch, load_scorer
+from opd_lightning.loading import (
+    FrozenScorer,
+    Loading,
+    Reference,
+    TeacherSource,
+    check_scratch,
+    load_scorer,
+    paired,
+)
 from opd_lightning.lora import Lora
-from opd_lightning.models import check_dtype, pair_vocabulary, stop_ids
+from opd_lightning.models import check_dtype, stop_ids
 from opd_lightning.module import OnPolicyDistillation
 from opd_lightning.objective import Objective
 from opd_lightning.prompts import Prompts
-from opd_lightning.protocols import Engine, Follows, RolloutSampler, Task
+from opd_lightning.protocols import Engine, Follows, RolloutSampler, Scoring, Task
 from opd_lightning.reference.initial import Initial
 from opd_lightning.schedule import within
 from opd_lightning.types import Origin, Problem
@@ -57,7 +65,7 @@ class Run:
 
     module: OnPolicyDistillation
     data: OnPolicyData
-    teacher: FrozenScorer
+    teacher: Scoring
     tokenizer: PreTrainedTokenizerBase
 
 
@@ -106,7 +114,8 @@ def assemble(
         micro_batch_count(1, longest_row(rollout, collector.max_prompt_tokens), collector.micro_batch_tokens)
     _check_taught(objective, rollout)
     _check_weighted(objective, rollout)
-    tokenizer, vocab = pair_vocabulary(student_path, teacher.path)
+    _check_hidden(objective, teacher)
+    tokenizer, vocab = paired(student_path, teacher)
     most = max(objective.needs.teacher_top, objective.needs.student_top)
     require(most <= vocab, "support.k", f"be at most the vocabulary's {vocab} ids", most, "use support=full")
     objective = _bound(objective, tokenizer)
@@ -133,7 +142,8 @@ def assemble(
     frozen = teacher.load(loading)
     _check_given_ids(objective, frozen)
     _check_changing(objective, frozen, collector.steps_per_collection, rollout)
-    student.set_target("teacher", frozen.scorer)
+    if isinstance(frozen, FrozenScorer):
+        student.set_target("teacher", frozen.scorer)
     referred = (reference or Initial()).load(loading) if objective.needs.reference else None
     if referred is not None:
         student.set_target("reference", referred.scorer)
@@ -248,7 +258,7 @@ def _check_weighted(objective: Objective, rollout: RolloutSampler) -> None:
         )
 
 
-def _check_given_ids(objective: Objective, teacher: FrozenScorer) -> None:
+def _check_given_ids(objective: Objective, teacher: Scoring) -> None:
     """Refuse a support that the student chooses beside a teacher that scores only its own top ids."""
     if objective.needs.student_top and not getattr(teacher, "scores_given_ids", True):
         raise ConfigError(
@@ -257,7 +267,19 @@ def _check_given_ids(objective: Objective, teacher: FrozenScorer) -> None:
         )
 
 
-def _check_changing(objective: Objective, teacher: FrozenScorer, steps: int, rollout: RolloutSampler) -> None:
+def _check_hidden(objective: Objective, teacher: TeacherSource) -> None:
+    """Refuse a divergence over the whole vocabulary from a teacher that sends no hidden states."""
+    needs = objective.needs
+    read = needs.full or any(term.target == "teacher" for term in needs.collected_full)
+    if read and not getattr(teacher, "gives_hidden", True):
+        raise ConfigError(
+            f"`support` must be selected ids with {type(teacher).__name__}, which sends no hidden states to compare "
+            f"whole vocabularies with, got {type(objective.support).__name__}; use support=teacher or "
+            "support=student, or a teacher in this process"
+        )
+
+
+def _check_changing(objective: Objective, teacher: Scoring, steps: int, rollout: RolloutSampler) -> None:
     """Refuse a teacher that changes, or that has a prompt of its own, where another one is read."""
     follows = isinstance(teacher, Follows) and objective.needs.full and steps > 1
     require(
@@ -267,7 +289,7 @@ def _check_changing(objective: Objective, teacher: FrozenScorer, steps: int, rol
         steps,
         "use 1, another support, or teacher=self",
     )
-    if "mixed" in rollout.writers and teacher.view is not None:
+    if "mixed" in rollout.writers and getattr(teacher, "view", None) is not None:
         raise ConfigError(
             "`rollout` must draw from one model beside a teacher with a context of its own, got both models mixed; "
             "use rollout=top_p, or teacher.context=null"

@@ -86,6 +86,11 @@ def load(config: DictConfig) -> Pair:
     path, dtype = config.student.path, config.student.dtype
     check_dtype(dtype, "student.dtype")
     check_dtype(source.dtype, "teacher.dtype")
+    here = getattr(source, "gives_hidden", True)
+    remedy = "use teacher=builtin teacher.path=…"
+    require(
+        here, "teacher", "be in this process, to compare whole vocabularies", type(source).__name__, remedy
+    )
     tokenizer, vocab = pair_vocabulary(path, source.path)
     prompts = Prompts(
         problems=problems,
@@ -111,7 +116,9 @@ def load(config: DictConfig) -> Pair:
         max_prompt_tokens=config.max_prompt_tokens,
         problems=prompts.known,
     )
-    teacher = source.load(loading).to(config.accelerator)
+    teacher = source.load(loading)
+    assert isinstance(teacher, FrozenScorer)
+    teacher = teacher.to(config.accelerator)
     student.set_target("teacher", teacher.scorer)
     sampling = replace(_sampling(config), stop_ids=stop_ids(student.model, tokenizer), vocab=vocab)
     return Pair(student=student, teacher=teacher, engine=engine, prompts=prompts, sampling=sampling)

@@ -217,10 +217,11 @@ def plain(config: DictConfig, resolve: bool = True) -> dict[str, Any]:
 
 
 def quiet() -> None:
-    """Silence what says nothing about a run: device counts, loading bars, and warnings about other uses."""
+    """Silence what says nothing about a run: device counts, loading bars, requests, warnings about other uses."""
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     logging.getLogger("lightning.pytorch.accelerators").setLevel(logging.WARNING)
+    logging.getLogger("httpx2").setLevel(logging.WARNING)
     for message in (
         r".*does not have many workers.*",
         r".*Total length of `list` across ranks is zero.*",

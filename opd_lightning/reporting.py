@@ -15,6 +15,7 @@ from opd_lightning.assemble import Run
 from opd_lightning.callbacks.history import EvaluationHistory
 from opd_lightning.commands import plain
 from opd_lightning.diagnostics.responses import ResponseMetrics
+from opd_lightning.loading import FrozenScorer
 from opd_lightning.protocols import Follows
 
 log = logging.getLogger(__name__)
@@ -22,24 +23,36 @@ log = logging.getLogger(__name__)
 
 def plan(config: DictConfig, run: Run, folder: Path, micro_batches: int) -> str:
     """Return what the run will do, in a few lines."""
-    student, teacher = run.module.student, run.teacher.scorer
-    millions = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (student, teacher)]
+    millions = sum(p.numel() for p in run.module.student.parameters()) / 1e6
     collector, rollout, trainer = config.collector, config.rollout, config.trainer
     responses = collector.prompts_per_collection * run.data.collector.rollout.samples
-    changes = "follows the student" if isinstance(run.teacher, Follows) else "frozen"
     parts = [config.estimator, config.support, config.reduction]
     names = " + ".join(str(part._target_).rsplit(".", 1)[-1] for part in parts)
     cut = f" of {micro_batches} micro-batches" if micro_batches > 1 else ""
     return "\n".join(
         [
-            f"student   {config.student.path} ({millions[0]:.2f} M parameters)",
-            f"teacher   {config.teacher.path} ({millions[1]:.2f} M parameters, {changes})",
+            f"student   {config.student.path} ({millions:.2f} M parameters)",
+            f"teacher   {_where(config)} ({_teacher(run)})",
             f"objective {names}",
             f"plan      {trainer.max_steps} optimizer steps{cut}, {collector.steps_per_collection} on each "
             f"collection of {responses} responses of at most {_number(rollout.max_new_tokens)} tokens",
             f"folder    {folder}  (tensorboard --logdir {folder})",
         ]
     )
+
+
+def _where(config: DictConfig) -> str:
+    """Return the teacher's path, or the address of one elsewhere."""
+    return str(config.teacher.get("path") or config.teacher.get("address"))
+
+
+def _teacher(run: Run) -> str:
+    """Return what there is to say of the teacher's weights."""
+    if not isinstance(run.teacher, FrozenScorer):
+        return "served"
+    millions = sum(p.numel() for p in run.teacher.scorer.parameters()) / 1e6
+    changes = "follows the student" if isinstance(run.teacher, Follows) else "frozen"
+    return f"{millions:.2f} M parameters, {changes}"
 
 
 def _number(value: Any) -> str:
@@ -84,7 +97,7 @@ def method_settings(config: DictConfig, overrides: list[str]) -> dict[str, Any]:
                 settings[name] = value if isinstance(value, int | float | str | bool) else str(value)
     chosen = ("prompts_per_collection", "steps_per_collection")
     settings |= {f"collector/{name}": values["collector"][name] for name in chosen}
-    settings |= {f"{model}/path": values[model]["path"] for model in ("student", "teacher")}
+    settings |= {"student/path": values["student"]["path"], "teacher/path": _where(config)}
     return settings | {"trainer/max_steps": values["trainer"]["max_steps"]}
 
 
@@ -99,6 +112,9 @@ def teacher_accuracy(run: Run) -> float | None:
     """Return the share of held-out problems that the teacher answers rightly, greedily, on this process."""
     data = run.data
     if data.validation is None:
+        return None
+    if not isinstance(run.teacher, FrozenScorer):
+        log.info("teacher_accuracy is left out: the teacher is elsewhere and writes nothing")
         return None
     if run.teacher.view is not None:
         log.info("teacher_accuracy is left out: without its context the teacher is a student")
