@@ -151,7 +151,8 @@ def assemble(
     writers_for(engine, student, frozen, tokenizer, stops, rollout.writers)
     clock = PhaseClock()
     meter = Meter(clock.charge)
-    for scorer in (student, frozen.scorer, *([referred.scorer] if referred else [])):
+    others = [model.scorer for model in (frozen, referred) if isinstance(model, FrozenScorer)]
+    for scorer in (student, *others):
         meter.attach(scorer)
     collecting = Collector(
         task=task,
