@@ -478,6 +478,21 @@ def test_refusals():
         full(hidden, head, hidden, replace(head, weight=head.weight[:5]), reverse_kl, scratch=512)
 
 
+def test_a_compiled_caller():
+    hidden, head, ids = make(bias=True)
+
+    def loss(hidden, weight, bias):
+        of, states = replace(head, weight=weight, bias=bias), torch.tanh(hidden)
+        value = support_logits(states, of, ids).square().sum()
+        value = value + sum(part.sum() for part in exact(states, of, ids, entropy=True))
+        return value + full(states, of, hidden.detach(), head, ReverseKL(), share=torch.ones(N)).sum()
+
+    inputs = parameters(hidden, head)
+    got, expected = torch.compile(loss, backend="eager")(*inputs), loss(*inputs)
+    torch.testing.assert_close(got, expected)
+    same_gradients(got, expected, inputs)
+
+
 def test_the_modes_through_the_kernels():
     """On a GPU Triton does the work; here its interpreter, in a process that has chosen it."""
     pytest.importorskip("triton")

@@ -32,8 +32,9 @@ def products(
     n, k = ids.shape
     # torch has room for no more entries than a dense matrix, repeated ids or not.
     if n and 0 < k <= len(weight) and hidden.device.type == "cpu" and hidden.dtype in _SPARSE:
+        # Copied, as a view would keep the matrix and its indices, through which torch.compile cannot see.
         asked = _sparse(torch.arange(0, n * k + 1, k), ids.flatten(), hidden.new_zeros(n * k), len(weight))
-        return torch.sparse.sampled_addmm(asked, hidden, weight.T, beta=0.0).values().view(n, k)
+        return torch.sparse.sampled_addmm(asked, hidden, weight.T, beta=0.0).values().clone().view(n, k)
     out = torch.empty(ids.shape, dtype=wide(hidden.dtype), device=hidden.device)
     for part in _blocks(ids, hidden):
         torch.bmm(upcast(weight[ids[part]]), upcast(hidden[part]).unsqueeze(-1), out=out[part].unsqueeze(-1))
