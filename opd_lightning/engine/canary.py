@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from opd_lightning.engine.vllm_adapter import Drawn
+from opd_lightning.errors import ConfigError
 from opd_lightning.types import PromptBatch, Sampling
 
 Draw = Callable[[Sequence[Sequence[int]], Sequence[int], Sampling], list[Drawn]]
@@ -49,6 +50,20 @@ class Canary:
         logp = logits.float().log_softmax(-1).gather(-1, ids[:, -_TOKENS:, None])[..., 0]
         theirs = torch.tensor([one.logp for one in drawn], device=logp.device)
         return float((theirs - logp).detach().abs().max())
+
+
+def tolerance_of(asked: float | None, dtype: str) -> float:
+    """Return the difference in nats that is let pass: what was asked for, else 1e-3 in float32 and 0.3 elsewhere."""
+    return asked if asked is not None else (1e-3 if dtype == "float32" else 0.3)
+
+
+def strayed(gap: float, allowed: float, pushes: int, cause: str) -> ConfigError:
+    """Return the error of an engine whose log-probs are not the trainer's."""
+    return ConfigError(
+        f"`engine` must give the student's own log-probs within engine.tolerance={allowed}, got a difference "
+        f"of {gap:.3g} after {pushes} weight updates ({cause}); use engine=transformers, or raise engine.tolerance "
+        "if this is the rounding of engine.dtype"
+    )
 
 
 def unlike(

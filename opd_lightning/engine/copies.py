@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Hashable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +25,13 @@ def state_of(model: PreTrainedModel, version: int | None) -> Hashable:
     if sharded or any(p.is_inference() for p in model.parameters()):
         return object() if version is None else version
     return version, tuple((p.data_ptr(), p._version) for p in model.parameters())
+
+
+def config_of(model: PreTrainedModel) -> Any:
+    """Return a copy of the model's configuration that names its class, as an engine needs it to."""
+    config = copy.deepcopy(model.config)
+    config.architectures = config.architectures or [type(model).__name__]
+    return config
 
 
 @torch.no_grad()

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from opd_lightning.engine.canary import Canary, unlike
-from opd_lightning.engine.copies import state_of, weights_of
+from opd_lightning.engine.asking import as_generation, check_asked, check_length, rankable
+from opd_lightning.engine.canary import Canary, strayed, tolerance_of, unlike
+from opd_lightning.engine.copies import config_of, state_of, weights_of
 from opd_lightning.engine.drawn import Record
-from opd_lightning.engine.sampling import check
 from opd_lightning.engine.transformers import TransformersEngine
-from opd_lightning.engine.vllm_adapter import Adapter, Drawn, EngineSettings, check_installed, head_sizes
+from opd_lightning.engine.vllm_adapter import Adapter, EngineSettings, check_installed, head_sizes
 from opd_lightning.engine.vllm_heads import WiderHeads, wider_heads
-from opd_lightning.errors import ConfigError, require
+from opd_lightning.errors import require
 from opd_lightning.models import check_dtype, evaluating
-from opd_lightning.types import Finish, Generation, PromptBatch, Sampling
+from opd_lightning.types import Generation, PromptBatch, Sampling
 
 
 @dataclass
@@ -123,16 +122,15 @@ class VllmEngine:
         held.model = held.model or model
         if model is not held.model:
             return TransformersEngine().generate(model, prompts, sampling)
-        _check(prompts, sampling)
+        check_asked(prompts, sampling)
         # Lightning evaluates in inference mode, in which the copy's weights could not be replaced later.
         with torch.inference_mode(False), torch.no_grad(), evaluating(model):
             if len(prompts) == 0:
                 return Record(0, sampling, prompts.ids.device).generation()
             adapter = self._fresh(model, prompts)
             rows = [ids[mask].tolist() for ids, mask in zip(prompts.ids, prompts.mask, strict=True)]
-            self._check_length(rows, sampling, adapter)
-            truncated = sampling.top_p < 1 or sampling.top_k > 0 or sampling.min_p > 0
-            asked = replace(sampling, top_ids=0) if truncated else sampling
+            check_length(rows, sampling, adapter.longest)
+            asked = rankable(sampling)
             with torch.autocast(model.device.type, enabled=False):
                 drawn = adapter.draw(rows, prompts.seeds, asked)
             return as_generation(drawn, asked, prompts.ids.device)
@@ -144,7 +142,7 @@ class VllmEngine:
         held = self._held
         if held.adapter is None:
             held.wider = wider_heads(model.config, head_sizes(model.device))
-            config = model.config if held.wider is None else held.wider.config(model.config)
+            config = config_of(model) if held.wider is None else held.wider.config(config_of(model))
             with torch.autocast(model.device.type, enabled=False):
                 held.adapter = Adapter(config, self._settings(model), model.device)
         adapter, wanted = held.adapter, state_of(model, held.version)
@@ -183,11 +181,7 @@ class VllmEngine:
             named = weights if held.wider is None else held.wider.weights(weights)
             differ, count = unlike(named, adapter.sums(), adapter.packed())
             cause = f"weights that differ: {', '.join(differ[:5])}" if differ else _unseen(count)
-        raise ConfigError(
-            f"`engine` must give the student's own log-probs within engine.tolerance={allowed}, got a difference "
-            f"of {gap:.3g} after {held.pushes} weight updates ({cause}); use engine=transformers, or raise "
-            "engine.tolerance if this is the rounding of engine.dtype"
-        )
+        raise strayed(gap, allowed, held.pushes, cause)
 
     # -- settings
 
@@ -207,59 +201,11 @@ class VllmEngine:
         return self.dtype or str(used).removeprefix("torch.")
 
     def _tolerance(self, model: PreTrainedModel) -> float:
-        return self.tolerance or (1e-3 if self._dtype(model) == "float32" else 0.3)
-
-    def _check_length(self, rows: list[list[int]], sampling: Sampling, adapter: Adapter) -> None:
-        needed = max(map(len, rows)) + sampling.max_new_tokens
-        require(
-            needed <= adapter.longest,
-            "engine.max_model_len",
-            f"be at least {needed} for the longest prompt with its response",
-            adapter.longest,
-            "raise it as far as the model allows, or lower rollout.max_new_tokens or collector.max_prompt_tokens",
-        )
+        return tolerance_of(self.tolerance, self._dtype(model))
 
 
 def _unseen(count: int) -> str:
     return (
         f"the {count} weights that could be read agree, so that it is one that vLLM repacks, such as a tied head, or "
         "the computation itself"
-    )
-
-
-def _check(prompts: PromptBatch, sampling: Sampling) -> None:
-    check(sampling)
-    whole = bool(prompts.mask.any(-1).all())
-    require(whole, "prompts", "have at least one token each", 0, "check the chat template")
-    both = sampling.min_p > 0 and sampling.top_p < 1
-    # vLLM would apply min-p first, and top-p to what that leaves.
-    require(
-        not both, "sampling.min_p", "be 0 beside top_p < 1 with vLLM", sampling.min_p, "set one of the two"
-    )
-    known = sampling.temperature == 0 or 0.01 <= sampling.temperature <= 2
-    remedy = "use engine=transformers for others"
-    require(known, "sampling.temperature", "be 0 or in [0.01, 2] with vLLM", sampling.temperature, remedy)
-
-
-def as_generation(drawn: list[Drawn], sampling: Sampling, device: torch.device) -> Generation:
-    """Return responses of any length as one right-padded value on ``device``."""
-    lengths = torch.tensor([len(one.ids) for one in drawn])
-    longest = int(lengths.max())
-
-    def padded(rows: list[list[Any]], dtype: torch.dtype) -> Tensor:
-        return torch.tensor([row + [0] * (longest - len(row)) for row in rows], dtype=dtype, device=device)
-
-    greedy = sampling.temperature == 0
-    logp = padded([one.logp for one in drawn], torch.float32)
-    top = None
-    if sampling.top_ids and not (sampling.top_p < 1 or sampling.top_k or sampling.min_p):
-        empty = [[0] * sampling.top_ids]
-        top = torch.tensor([one.top + empty * (longest - len(one.ids)) for one in drawn], device=device)
-    finish = [Finish.EOS if one.stopped else Finish.LENGTH for one in drawn]
-    return Generation(
-        ids=padded([one.ids for one in drawn], torch.long),
-        mask=(torch.arange(longest) < lengths[:, None]).to(device),
-        behavior_logp=torch.zeros_like(logp) if greedy else logp,
-        finish=torch.tensor([int(f) for f in finish], device=device),
-        top_ids=top,
     )

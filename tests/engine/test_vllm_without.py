@@ -2,23 +2,31 @@
 
 import copy
 import importlib.util
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from opd_lightning.engine import vllm_adapter
 from opd_lightning.engine.canary import Canary, unlike
-from opd_lightning.engine.copies import state_of, weights_of
+from opd_lightning.engine.copies import config_of, state_of, weights_of
 from opd_lightning.engine.vllm import VllmEngine
 from opd_lightning.engine.vllm_adapter import Drawn
 from opd_lightning.engine.vllm_heads import WiderHeads, wider_heads
+from opd_lightning.engine.vllm_http import Server
+from opd_lightning.engine.vllm_server import VllmServerEngine
 from opd_lightning.errors import ConfigError
 from opd_lightning.lora import Lora
 from opd_lightning.paths import CONF_DIR
+from opd_lightning.protocols import KeepsCopy
+from opd_lightning.types import Sampling
 
 from .conftest import build, ragged
 
@@ -56,12 +64,80 @@ def test_a_bad_number_comes_before_the_missing_package(field, value):
         VllmEngine(**{field: value})
 
 
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_the_servers_settings_compose(command):
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        config = compose(command, overrides=["engine=vllm_server"])
+    settings = dict(config.engine)
+    assert settings.pop("_target_") == "opd_lightning.engine.vllm_server.VllmServerEngine"
+    engine = VllmServerEngine(**settings)
+    assert isinstance(engine, KeepsCopy)
+    assert engine == VllmServerEngine(url=engine.url, folder=engine.folder)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("url", "127.0.0.1:8000"), ("in_flight", 0), ("timeout_s", 0), ("head_dim", 1), ("folder", "")],
+)
+def test_a_bad_setting_of_a_server_is_refused(field, value):
+    settings = {"url": "http://127.0.0.1:9", "folder": "served"} | {field: value}
+    with pytest.raises(ConfigError, match=f"engine.{field}"):
+        VllmServerEngine(**settings)
+
+
+def test_a_silent_address_is_named_and_its_folder_is_there(make, tmp_path):
+    model = make("qwen3")
+    engine = VllmServerEngine(
+        url="http://127.0.0.1:9", folder=str(tmp_path), head_dim=32, retries=0, timeout_s=5
+    )
+    with pytest.raises(ConfigError, match=r"http://127\.0\.0\.1:9.*refused.*VLLM_SERVER_DEV_MODE"):
+        engine.generate(model, ragged(), Sampling(max_new_tokens=2))
+    written = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert written.config.head_dim == 32
+    ids = ragged((40,)).ids
+    with torch.no_grad():
+        assert torch.allclose(written(ids).logits, model(ids).logits, atol=1e-4)
+    assert "lm_head.weight" in load_file(tmp_path / "model.safetensors")
+
+
+def test_a_refused_request_is_not_repeated_and_an_unanswered_one_is():
+    answers, asked = [(503, {}), (200, {"data": [{"max_model_len": 77}]}), (404, {}), (200, {})], []
+
+    class Answering(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            code, body = answers.pop(0)
+            self.send_response(code)
+            self.end_headers()
+            self.wfile.write(json.dumps(body).encode())
+
+        def log_message(self, *_):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Answering) as standing:
+        threading.Thread(target=standing.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{standing.server_port}"
+        server = Server(url=url, timeout_s=5, retries=1, in_flight=1)
+        assert server.longest() == 77
+        with pytest.raises(ConfigError, match=f"{url}.*404"):
+            server.longest()
+        standing.shutdown()
+    assert asked == ["/v1/models"] * 3
+
+
 def test_a_tied_weight_is_sent_under_both_names(make):
     model = make("qwen3")
     sent = dict(weights_of(model))
     assert sent.keys() == model.state_dict().keys()
     assert torch.equal(sent["lm_head.weight"], model.model.embed_tokens.weight)
     assert not any(weight.requires_grad for weight in sent.values())
+
+
+def test_a_configuration_names_its_class(make):
+    model = make("qwen3")
+    assert model.config.architectures is None
+    assert config_of(model).architectures == ["Qwen3ForCausalLM"]
+    assert model.config.architectures is None
 
 
 def test_a_kept_buffer_is_sent_too(make):

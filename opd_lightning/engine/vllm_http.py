@@ -1,0 +1,163 @@
+"""A vLLM server's routes, as this package uses them (0.32, with --enable-scale-out and in development mode)."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.parse import urlparse
+from urllib.request import ProxyHandler, Request, build_opener
+
+from opd_lightning.engine.vllm_adapter import Drawn
+from opd_lightning.errors import ConfigError, require
+from opd_lightning.types import Sampling
+
+_OPENER = build_opener(ProxyHandler({}))
+"""A server is asked where its address says, whatever proxy the environment names."""
+
+_MOST_BIASES = 1024
+"""Ids outside the shared vocabulary that a request may name; padding of a head is a few hundred."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Server:
+    """A vLLM server at ``url``. Requests are tried ``1 + retries`` times, with 1, 2, 4, … seconds between.
+
+    Args:
+        url: such as ``http://127.0.0.1:8000``.
+        timeout_s: longest wait for one answer.
+        retries: of requests that were not answered; those that were refused are not repeated.
+        in_flight: requests at once.
+    """
+
+    url: str
+    timeout_s: float
+    retries: int
+    in_flight: int
+
+    def ask(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        """Return the answer to a POST of ``body``, or to a GET where it is None.
+
+        Raises:
+            ConfigError: no answer, or a refusal; it names address, route and reason.
+        """
+        data = None if body is None else json.dumps(body).encode()
+        request = Request(self.url.rstrip("/") + path, data, {"Content-Type": "application/json"})
+        reason = ""
+        for attempt in range(1 + self.retries):
+            try:
+                with _OPENER.open(request, timeout=self.timeout_s) as answer:
+                    text = answer.read()
+                return json.loads(text) if text.strip() else None
+            except HTTPError as error:
+                reason = f"{error.code} {error.read(500).decode(errors='replace').strip()}"
+                if error.code < 500:
+                    break
+            except (URLError, TimeoutError, ConnectionError) as error:
+                reason = str(getattr(error, "reason", error)) or type(error).__name__
+            if attempt < self.retries:
+                time.sleep(2.0**attempt)
+        raise ConfigError(
+            f"`engine.url` must be a vLLM server that answers {path} within {self.timeout_s:g} s, got {self.url!r} "
+            f"({reason[:300]}); start it with VLLM_SERVER_DEV_MODE=1 and the command of conf/engine/vllm_server.yaml"
+        )
+
+    def longest(self) -> int:
+        """Return the most tokens of a prompt with its response."""
+        return int(self.ask("/v1/models")["data"][0]["max_model_len"])
+
+    def reload(self, folder: Path, version: str) -> None:
+        """Have the server take its weights from ``folder`` and forget every cached key and value."""
+        self.ask("/pause?mode=wait", {})
+        try:
+            arguments = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+            self.ask("/collective_rpc", arguments)
+            self.forget()
+            self.ask("/update_weight_version", {"new_version": version})
+        finally:
+            self.ask("/resume", {})
+
+    def forget(self) -> None:
+        """Drop the cached keys and values of earlier prompts."""
+        self.ask("/reset_prefix_cache", {})
+
+    def draw(
+        self,
+        rows: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        sampling: Sampling,
+        width: int,
+        version: str,
+    ) -> list[Drawn]:
+        """Draw one response for each row of prompt ids, for a head ``width`` ids wide.
+
+        Raises:
+            ConfigError: a response that another version of the weights wrote, if only a part of it.
+        """
+        params = _parameters(sampling, width)
+
+        def one(row: Sequence[int], seed: int) -> Drawn:
+            body = {"token_ids": list(row), "sampling_params": params | {"seed": seed}}
+            (choice,) = self.ask("/inference/v1/generate", body)["choices"]
+            wrote = {span["version"] for span in choice["weight_versions"] or ()}
+            require(
+                wrote == {version},
+                "engine.url",
+                f"write with the weights of version {version}",
+                sorted(wrote),
+                "give each run a server of its own",
+            )
+            return _drawn(choice, sampling.top_ids)
+
+        with ThreadPoolExecutor(self.in_flight) as threads:
+            return list(threads.map(one, rows, seeds))
+
+
+def check_url(url: object) -> None:
+    """Raise ConfigError unless ``url`` is an http address."""
+    parts = urlparse(url) if isinstance(url, str) else None
+    good = parts is not None and parts.scheme in ("http", "https") and bool(parts.netloc)
+    require(good, "engine.url", "be an http address", url, "use http://127.0.0.1:8000")
+
+
+def _parameters(sampling: Sampling, width: int) -> dict[str, Any]:
+    outside = range(width if sampling.vocab is None else sampling.vocab, width)
+    require(
+        len(outside) <= _MOST_BIASES,
+        "engine",
+        f"leave out at most {_MOST_BIASES} ids of the student's head with a server",
+        len(outside),
+        "use engine=vllm",
+    )
+    return {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+        "max_tokens": sampling.max_new_tokens,
+        "stop_token_ids": list(sampling.stop_ids),
+        "ignore_eos": True,
+        "logprobs": sampling.top_ids + 1 if sampling.top_ids else 0,  # the drawn id takes one place
+        "detokenize": False,
+        # The largest that a server takes: a probability below 1e-43 times what it was.
+        "logit_bias": {str(i): -100.0 for i in outside} or None,
+    }
+
+
+def _drawn(choice: Mapping[str, Any], top: int) -> Drawn:
+    content = choice["logprobs"]["content"]
+
+    def ranked(others: Sequence[Mapping[str, Any]]) -> list[int]:
+        return [other["token_id"] for other in sorted(others, key=lambda other: other["rank"])][:top]
+
+    return Drawn(
+        ids=list(choice["token_ids"]),
+        logp=[token["logprob"] for token in content],
+        top=[ranked(token["top_logprobs"]) for token in content] if top else [[] for _ in content],
+        stopped=choice["finish_reason"] == "stop",
+    )

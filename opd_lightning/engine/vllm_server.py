@@ -1,0 +1,178 @@
+"""Generation by a vLLM server at an address, which reloads the student's weights from a folder both can read."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import distributed as dist
+from transformers import PreTrainedModel
+
+from opd_lightning.engine.asking import as_generation, check_asked, check_length, rankable
+from opd_lightning.engine.canary import Canary, strayed, tolerance_of
+from opd_lightning.engine.copies import config_of, state_of, weights_of
+from opd_lightning.engine.drawn import Record
+from opd_lightning.engine.transformers import TransformersEngine
+from opd_lightning.engine.vllm_heads import wider_heads
+from opd_lightning.engine.vllm_http import Server, check_url
+from opd_lightning.errors import require
+from opd_lightning.models import evaluating
+from opd_lightning.types import Generation, PromptBatch, Sampling
+
+_BLOCK = 128
+"""Tokens of a cache block, at most; a server does not say how many its own has."""
+
+
+@dataclass
+class _Held:
+    """What was sent to the server last, and for which model. Mutable, one an engine."""
+
+    model: PreTrainedModel | None = None
+    version: int | None = None
+    state: Hashable = None
+    name: str = ""
+    run: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
+    longest: int = 0
+    pushes: int = 0
+    gap: float | None = None
+    canary: Canary = field(default_factory=Canary)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VllmServerEngine:
+    """Draws the student's responses with a vLLM server, one request a row, token ids in and out.
+
+    A changed weight is written to ``folder`` with all others before the next draw, and the server told to
+    reload. Each response brings the version of the weights that wrote it: another one stops the run. Log-probs
+    are compared with the student's own as with ``engine=vllm``. One process trains.
+
+    Args:
+        url: the server's address. It must run in development mode, which executes what it is asked to: on
+            a loopback address or a closed network alone.
+        folder: for the weights; the same path on the server's machine. Its config.json is the server's too.
+        head_dim: widen the attention heads with zeros to this size, for a server without a kernel for
+            the student's own; None leaves them.
+        in_flight: requests at once.
+        timeout_s: longest wait for one answer.
+        retries: of a request without an answer.
+        check_every: sendings from one comparison to the next; 0 for the first alone.
+        tolerance: largest difference of a log-prob in nats; None for 1e-3 in float32 and 0.3 in a half type.
+
+    Raises:
+        ConfigError: a setting out of its range.
+    """
+
+    url: str
+    folder: str
+    head_dim: int | None = None
+    in_flight: int = 128
+    timeout_s: float = 600
+    retries: int = 4
+    check_every: int = 16
+    tolerance: float | None = None
+    _held: _Held = field(default_factory=_Held, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        check_url(self.url)
+        require(bool(self.folder), "engine.folder", "name a folder", self.folder, "use runs/served")
+        least: dict[str, tuple[Any, int]] = {
+            "in_flight": (self.in_flight, 1),
+            "retries": (self.retries, 0),
+            "check_every": (self.check_every, 0),
+            "head_dim": (2 if self.head_dim is None else self.head_dim, 2),
+        }
+        for name, (value, low) in least.items():
+            whole = isinstance(value, int) and not isinstance(value, bool) and value >= low
+            require(whole, f"engine.{name}", f"be a whole number of at least {low}", value, "raise it")
+        require(self.timeout_s > 0, "engine.timeout_s", "be above 0", self.timeout_s, "use 600")
+        positive = self.tolerance is None or self.tolerance > 0
+        require(positive, "engine.tolerance", "be above 0", self.tolerance, "use null")
+
+    def bind(self, model: PreTrainedModel, version: int) -> None:
+        """Draw for ``model``, whose weights have ``version`` optimizer steps behind them from now on."""
+        self._held.model, self._held.version = model, version
+
+    def rest(self) -> None:
+        """Do nothing: the server's memory is its own."""
+
+    @property
+    def server(self) -> Server:
+        """The server's routes."""
+        settings = {"timeout_s": self.timeout_s, "retries": self.retries, "in_flight": self.in_flight}
+        return Server(url=self.url, **settings)  # type: ignore[arg-type]
+
+    def generate(self, model: PreTrainedModel, prompts: PromptBatch, sampling: Sampling) -> Generation:
+        """Draw one response for each row of ``prompts``; as :meth:`opd_lightning.engine.vllm.VllmEngine.generate`.
+
+        Raises:
+            ConfigError: also a server that does not answer, or that holds other weights.
+        """
+        held = self._held
+        held.model = held.model or model
+        if model is not held.model:
+            return TransformersEngine().generate(model, prompts, sampling)
+        check_asked(prompts, sampling)
+        with torch.inference_mode(False), torch.no_grad(), evaluating(model):
+            if len(prompts) == 0:
+                return Record(0, sampling, prompts.ids.device).generation()
+            self._follow(model, prompts)
+            rows = [ids[mask].tolist() for ids, mask in zip(prompts.ids, prompts.mask, strict=True)]
+            check_length(rows, sampling, held.longest)
+            asked = rankable(sampling)
+            drawn = self.server.draw(rows, prompts.seeds, asked, model.config.vocab_size, held.name)
+            return as_generation(drawn, asked, prompts.ids.device)
+
+    def _follow(self, model: PreTrainedModel, prompts: PromptBatch) -> None:
+        """Have the server hold the weights as they are now."""
+        held, wanted = self._held, state_of(model, self._held.version)
+        if held.state == wanted:
+            return
+        alone = not dist.is_initialized() or dist.get_world_size() == 1
+        require(
+            alone,
+            "trainer.devices",
+            "be 1 with engine=vllm_server, whose weights one process sends",
+            "more",
+            "use engine=vllm, which has an engine in each process",
+        )
+        held.pushes += 1
+        held.name = f"{held.run}-{held.pushes}"
+        self.write(model)
+        held.longest = held.longest or self.server.longest()
+        self.server.reload(Path(self.folder).resolve(), held.name)
+        held.state = wanted
+        held.canary.settle(prompts, _BLOCK, held.longest)
+        if held.pushes == 1 or (self.check_every and held.pushes % self.check_every == 0):
+            self._compare(model)
+
+    def write(self, model: PreTrainedModel) -> None:
+        """Write configuration and weights to ``folder``, each tied weight under every name."""
+        folder = Path(self.folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        sizes = None if self.head_dim is None else (self.head_dim,)
+        wider = wider_heads(model.config, sizes)
+        (config_of(model) if wider is None else wider.config(config_of(model))).save_pretrained(folder)
+        weights = weights_of(model) if wider is None else wider.weights(weights_of(model))
+        # A file holds no two names for one storage, and a server must never read half of one.
+        apart = {name: weight.cpu().clone().contiguous() for name, weight in weights}
+        save_file(apart, folder / "writing.tmp", metadata={"format": "pt"})
+        (folder / "writing.tmp").rename(folder / "model.safetensors")
+
+    def _compare(self, model: PreTrainedModel) -> None:
+        """Stop the run if the server computes something else than the trainer."""
+        held = self._held
+        draw = partial(self.server.draw, width=model.config.vocab_size, version=held.name)
+        allowed = tolerance_of(self.tolerance, str(model.dtype).removeprefix("torch."))
+        gap = held.gap = held.canary.gap(draw, model)
+        if gap > allowed:
+            self.server.forget()
+            kept = held.canary.gap(draw, model) <= allowed
+            cause = "keys and values of older weights that its prefix cache kept"
+            other = f"weights, dtype or logprobs mode of the server at {self.url}, or a stale head"
+            raise strayed(gap, allowed, held.pushes, cause if kept else other)
