@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import math
@@ -9,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from hydra import compose, initialize_config_dir
 
 from opd_lightning.assemble import CollectorSettings
 from opd_lightning.commands import build, plain, refuse_unknown_keys
+from opd_lightning.errors import ConfigError
 from opd_lightning.paths import CONF_DIR
 from opd_lightning.train import KEYS, objective_from
 from package.readme import (
@@ -193,8 +196,11 @@ def test_composes(command, tmp_path, monkeypatch):
     refuse_unknown_keys(config, KEYS)
     assert objective_from(config).needs.support
     CollectorSettings(**plain(config.collector))
-    for part in ("rollout", "engine", "teacher", "task", "scheduler", "optimizer"):
+    for part in ("rollout", "teacher", "task", "scheduler", "optimizer"):
         build(config[part])
+    missing = "engine=vllm" in command.words and find_spec("vllm") is None
+    with pytest.raises(ConfigError, match="pip install") if missing else contextlib.nullcontext():
+        build(config.engine)
     build(config.evaluation.settings)
     assert config.trainer.accelerator == "gpu"
 
