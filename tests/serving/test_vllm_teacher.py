@@ -1,0 +1,212 @@
+"""A teacher behind vLLM: a server that answers as vLLM 0.32 does gives the scorer's numbers, and so does vLLM."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from commands.own import shipped_tokenizer
+from hydra import compose, initialize_config_dir
+from tiny import random_rollout, tiny_model
+from vllm_servers import free_port, vllm_serving
+
+from opd_lightning.commands import build
+from opd_lightning.errors import ConfigError
+from opd_lightning.loading import Loading
+from opd_lightning.models import load_model
+from opd_lightning.paths import CONF_DIR, model_path
+from opd_lightning.scorer import Scorer
+from opd_lightning.teacher.vllm_server import VllmTeacher
+from opd_lightning.types import Scores, Want
+
+VOCAB = 448
+TEACHER = "builtin:word_problems/teacher"
+
+
+def source(address: str, **more) -> VllmTeacher:
+    settings = {"token_env": "NO_SUCH_KEY", "timeout_s": 30, "patience_s": 0, "tokens_per_request": 40}
+    return VllmTeacher(address=address, path="tiny", **settings | more)
+
+
+def loading(**changes) -> Loading:
+    settings = {"student_path": "tiny", "student_dtype": "float32", "tokenizer": shipped_tokenizer()}
+    student = Scorer(tiny_model(vocab=VOCAB))
+    return Loading(**{"student": student, "vocab": VOCAB, "scratch_mb": 1} | settings | changes)
+
+
+@contextmanager
+def answering(model, most: int = 20, *, shift: int = 0, noise: float = 0.0):
+    """What vLLM's two routes say of ``model``; ``shift`` and ``noise`` are two ways of being wrong."""
+    model.eval()
+    calls = []
+
+    def entries(row, top):
+        with torch.no_grad():
+            logp = model(torch.tensor([row])).logits[0].log_softmax(-1)
+        logp += noise * len(calls) * torch.arange(VOCAB)
+        said = [None]
+        for place, token in enumerate(row[1:]):
+            token = row[place + 1 - shift]
+            ranked = logp[place].argsort(descending=True).tolist()
+            shown = {token, *ranked[:top]}
+            said.append(
+                {str(i): {"logprob": float(logp[place, i]), "rank": ranked.index(i) + 1} for i in shown}
+            )
+        return said
+
+    class Answering(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.answer(200, {"data": [{"id": "tiny", "max_model_len": 64}]})
+
+        def do_POST(self):
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            calls.append(asked)
+            top = asked["prompt_logprobs"]
+            if top > most:
+                words = f"Requested prompt logprobs of {top}, which is greater than max allowed: {most}"
+                return self.answer(400, {"error": {"message": words}})
+            choices = [
+                {"index": place, "prompt_logprobs": entries(row, top)}
+                for place, row in enumerate(asked["prompt"])
+            ]
+            return self.answer(200, {"choices": choices[::-1]})
+
+        def answer(self, code, body):
+            self.send_response(code)
+            self.end_headers()
+            self.wfile.write(json.dumps(body).encode())
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answering) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", calls
+        server.shutdown()
+
+
+def assert_same(got: Scores, want: Scores, tolerance: float) -> None:
+    assert got.entropy is None
+    torch.testing.assert_close(got.taken_logp, want.taken_logp, atol=tolerance, rtol=0)
+    torch.testing.assert_close(got.top_logp, want.top_logp, atol=tolerance, rtol=0)
+    assert torch.equal(got.top_ids, want.top_ids)
+    assert torch.equal(got.support_logp[..., 0], got.taken_logp)
+
+
+WANT = Want(taken=True, entropy=True, support="exact", top=5)
+
+
+def test_scores_are_those_of_the_scorer_in_this_process():
+    teacher, tokens = Scorer(tiny_model(seed=3, vocab=VOCAB)), random_rollout(9, vocab=400).tokens
+    with answering(teacher.model) as (address, calls), torch.no_grad():
+        scorer = source(address).load(loading())
+        calls.clear()
+        got = scorer(tokens, WANT, tokens.ids.unsqueeze(-1))
+        assert_same(got, teacher(tokens, WANT, tokens.ids.unsqueeze(-1)), 1e-4)
+    sizes = [sum(map(len, call["prompt"])) for call in calls]
+    assert len(calls) > 2
+    assert max(sizes) <= 40
+    assert sum(len(call["prompt"]) for call in calls) == 9
+
+
+def test_more_ids_than_the_server_gives_name_its_flag():
+    tokens = random_rollout(2, vocab=400).tokens
+    with answering(tiny_model(vocab=VOCAB), most=4) as (address, _):
+        scorer = source(address).load(loading())
+        with pytest.raises(ConfigError, match=r"--max-logprobs 5\b"):
+            scorer(tokens, WANT, tokens.ids.unsqueeze(-1))
+
+
+def test_another_position_and_an_unsteady_server_are_found_at_the_start():
+    with (
+        answering(tiny_model(vocab=VOCAB), shift=1) as (address, _),
+        pytest.raises(ConfigError, match="at its own position"),
+    ):
+        source(address).load(loading())
+    with (
+        answering(tiny_model(vocab=VOCAB), noise=0.01) as (address, _),
+        pytest.raises(ConfigError, match="what stands before it alone"),
+    ):
+        source(address).load(loading())
+
+
+def test_what_it_cannot_give_is_refused():
+    tokens = random_rollout(2, vocab=400).tokens
+    with answering(tiny_model(vocab=VOCAB), most=64) as (address, _):
+        scorer = source(address).load(loading())
+        for want, ids in (
+            (Want(hidden=True), None),
+            (WANT, torch.zeros(*tokens.ids.shape, 2, dtype=torch.long)),
+        ):
+            with pytest.raises(ConfigError, match="support=teacher"):
+                scorer(tokens, want, ids)
+        with pytest.raises(ConfigError, match="context above"):
+            scorer.entries([[1] * 64], 1)
+        with pytest.raises(ConfigError, match="shared vocabulary"):
+            source(address).load(loading(vocab=400))(tokens, Want(taken=True, top=40), None)
+        with pytest.raises(ConfigError, match="scoring_temperature"):
+            source(address).load(loading(temperature=2.0))
+    with pytest.raises(ConfigError, match="answers"):
+        source(address).load(loading())
+    for field, value in (("address", "ftp://x"), ("timeout_s", -1), ("tokens_per_request", 0)):
+        with pytest.raises(ConfigError, match=f"teacher.{field}"):
+            source(**{"address": "http://127.0.0.1:9"} | {field: value})
+
+
+def test_the_yaml_builds_it():
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        config = compose("train", overrides=["teacher=vllm_server", "teacher.path=somewhere"])
+    assert isinstance(build(config.teacher), VllmTeacher)
+
+
+@pytest.fixture(scope="module")
+def standing(tmp_path_factory):
+    port, log = free_port(), tmp_path_factory.mktemp("vllm") / "server.log"
+    with vllm_serving(model_path(TEACHER), port, "--max-logprobs", "16", log=log):
+        yield f"http://127.0.0.1:{port}"
+
+
+@pytest.mark.vllm
+@pytest.mark.timeout(900)
+def test_vllm_itself_gives_the_scorers_numbers(standing):
+    teacher, tokens = Scorer(load_model(TEACHER, "teacher.path").eval()), random_rollout(9, vocab=400).tokens
+    scorer = source(standing, tokens_per_request=500).load(loading())
+    with torch.no_grad():
+        want = teacher(tokens, WANT, tokens.ids.unsqueeze(-1))
+    assert_same(scorer(tokens, WANT, tokens.ids.unsqueeze(-1)), want, 1e-3)
+    with pytest.raises(ConfigError, match=r"--max-logprobs 17\b"):
+        scorer(tokens, Want(taken=True, top=17), None)
+
+
+@pytest.mark.vllm
+@pytest.mark.timeout(900)
+def test_a_run_learns_the_same_from_it(standing, tmp_path):
+    """The default objective reads the teacher's top ids: the losses are those of a teacher in this process."""
+
+    def losses(name: str, *overrides: str) -> list[float]:
+        folder = tmp_path / name
+        command = [sys.executable, "-m", "opd_lightning.train", f"hydra.run.dir={folder}", *overrides]
+        short = [
+            *("trainer.max_steps=4", "collector.prompts_per_collection=8", "scheduler.warmup_steps=0"),
+            *("evaluation.every_steps=null", "evaluation.settings.problems=4", "evaluation.teacher=false"),
+            *("trainer.enable_progress_bar=false", "rollout.max_new_tokens=48"),
+        ]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [*command, *short], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=800
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        with (folder / "metrics.csv").open() as file:
+            return [float(row["train/loss"]) for row in csv.DictReader(file) if row.get("train/loss")]
+
+    served = losses("served", "teacher=vllm_server", f"teacher.address={standing}", f"teacher.path={TEACHER}")
+    assert len(served) == 4
+    assert served == pytest.approx(losses("local"), rel=1e-3)
