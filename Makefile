@@ -38,7 +38,7 @@ $(VLLM)/.ready: pyproject.toml
 	touch $@
 
 test-vllm: $(VLLM)/.ready  ## vLLM on a CPU, in an environment of its own
-	$(VLLM)/bin/python -m pytest -m vllm $(ARGS)
+	$(VLLM)/bin/python -m pytest tests/engine tests/serving -m vllm $(ARGS)
 
 notebook: setup-dev  ## run the notebooks and keep what they show
 	$(BIN)/jupyter-execute --inplace notebooks/*.ipynb
