@@ -67,14 +67,15 @@ class Scorer(nn.Module):
     def head(self) -> heads.Head:
         """The head over the shared vocabulary, read afresh because sharding swaps its tensors."""
         layer = self.model.get_output_embeddings()
-        bias = getattr(layer, "bias", None)
-        return heads.Head(
-            weight=layer.weight[: self.vocab],
-            bias=None if bias is None else bias[: self.vocab],
+        head = heads.Head(
+            weight=layer.weight,
+            bias=getattr(layer, "bias", None),
             softcap=self.softcap,
             scale=self.logit_scale,
             temperature=self.temperature,
         )
+        # The gradient of a slice, even of the whole, is a copy as large as the weight.
+        return head if head.vocab == self.vocab else head.cut(slice(self.vocab))
 
     def set_target(self, name: str, scorer: Scorer) -> None:
         """Name a frozen model whose head a :class:`FullTerm` reads, wherever it is by then."""

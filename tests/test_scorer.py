@@ -110,6 +110,13 @@ def test_full_divergence_equals_the_dense_one_and_its_gradient():
     assert not any("target" in name for name in scorer.state_dict())
 
 
+def test_the_gradient_of_a_whole_head_is_not_copied():
+    """A slice's would be scattered into one of the weight's size."""
+    scorer = Scorer(tiny_model(tied=False))
+    assert scorer.head.weight is scorer.model.get_output_embeddings().weight
+    assert Scorer(tiny_model(), vocab=40).head.vocab == 40
+
+
 # numerics 11.25
 def test_a_shared_vocabulary_has_no_padding_ids():
     model, rollout, shared = tiny_model(), random_rollout(3, vocab=40), 40
