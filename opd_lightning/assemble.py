@@ -274,9 +274,9 @@ def _check_hidden(objective: Objective, teacher: TeacherSource) -> None:
     read = needs.full or any(term.target == "teacher" for term in needs.collected_full)
     if read and not getattr(teacher, "gives_hidden", True):
         raise ConfigError(
-            f"`support` must be selected ids with {type(teacher).__name__}, which sends no hidden states to compare "
-            f"whole vocabularies with, got {type(objective.support).__name__}; use support=teacher or "
-            "support=student, or a teacher in this process"
+            f"`support` must be selected ids with a served or cached teacher ({type(teacher).__name__}), which gives "
+            f"no hidden states to compare whole vocabularies with, got {type(objective.support).__name__}; use "
+            "support=teacher or support=student, or a teacher in this process without a cache"
         )
 
 

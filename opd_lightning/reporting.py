@@ -49,7 +49,7 @@ def _where(config: DictConfig) -> str:
 def _teacher(run: Run) -> str:
     """Return what there is to say of the teacher's weights."""
     if not isinstance(run.teacher, FrozenScorer):
-        return "served"
+        return str(getattr(run.teacher, "kind", "elsewhere"))
     millions = sum(p.numel() for p in run.teacher.scorer.parameters()) / 1e6
     changes = "follows the student" if isinstance(run.teacher, Follows) else "frozen"
     return f"{millions:.2f} M parameters, {changes}"
@@ -114,7 +114,7 @@ def teacher_accuracy(run: Run) -> float | None:
     if data.validation is None:
         return None
     if not isinstance(run.teacher, FrozenScorer):
-        log.info("teacher_accuracy is left out: the teacher is elsewhere and writes nothing")
+        log.info("teacher_accuracy is left out: the teacher is served or cached and writes nothing")
         return None
     if run.teacher.view is not None:
         log.info("teacher_accuracy is left out: without its context the teacher is a student")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
 import socket
@@ -90,6 +91,7 @@ def load(config: DictConfig) -> Bench:
     tau = source.scoring_temperature
     remedy = "leave it null: each run says its own, student.scoring_temperature"
     require(tau is None, "teacher.scoring_temperature", "be null in a server", tau, remedy)
+    require(source.cache is None, "teacher.cache", "be null in a server", source.cache, "set it in the run")
     check_dtype(source.dtype, "teacher.dtype")
     tokenizer = load_tokenizer(source.path, "teacher.path")
     width, scratch = vocabulary_width(source.path, "teacher.path"), config.head_scratch_mb
@@ -169,7 +171,8 @@ def serve(config: DictConfig) -> None:
     )
     print(f"serving at {address} {guard}: teacher=served teacher.address={address}", flush=True)
     server.run(sockets=[listening])
-    print("stopped", flush=True)
+    with contextlib.suppress(BrokenPipeError):  # who started it may be gone
+        print("stopped", flush=True)
 
 
 def _stopped(number: int, frame: FrameType | None) -> None:

@@ -10,7 +10,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -19,7 +19,7 @@ from safetensors import SafetensorError, deserialize
 from safetensors.torch import save
 from torch import Tensor
 
-from opd_lightning.types import TokenBatch
+from opd_lightning.types import Scores, TokenBatch, Want
 
 VERSION = "1"
 """Of the format; the other side's must be the same."""
@@ -53,6 +53,11 @@ class Wanted:
     entropy: bool = False
     top: int = 0
     mass: bool = False
+
+    @classmethod
+    def of(cls, want: Want, vocab: int, temperature: float) -> Wanted:
+        """Return what a scorer is asked for but for given ids, which come with the request."""
+        return cls(vocab=vocab, temperature=temperature, taken=want.taken, entropy=want.entropy, top=want.top)
 
     @classmethod
     def read(cls, words: Mapping[str, str]) -> Wanted:
@@ -227,6 +232,40 @@ def placed(values: Tensor, mask: Bool[Tensor, "batch time"]) -> Tensor:
     out = torch.zeros((*mask.shape, *values.shape[1:]), dtype=values.dtype, device=mask.device)
     out[mask] = values.to(mask.device)
     return out
+
+
+def scores_of(answers: Sequence[ScoreAnswer], mask: Bool[Tensor, "batch time"], want: Want) -> Scores:
+    """Return answers to consecutive rows as what a scorer says of the batch, on the mask's device."""
+
+    def whole(name: str) -> Tensor | None:
+        parts = [getattr(answer, name) for answer in answers]
+        return None if parts[0] is None else placed(torch.cat(parts), mask)
+
+    top_ids, support = whole("top_ids"), whole("given")
+    # As a scorer does: whatever needs the true normaliser makes all log-probs exact.
+    alone = not (want.taken or want.entropy or want.top)
+    if want.support == "renormalised" and alone and support is not None:
+        support = torch.log_softmax(support, -1) * mask.unsqueeze(-1)
+    return Scores(
+        taken_logp=whole("taken"),
+        support_logp=support,
+        entropy=whole("entropy"),
+        top_ids=None if top_ids is None else top_ids.long(),
+        top_logp=whole("top_logp"),
+    )
+
+
+def answer_of(scores: Scores, mask: Bool[Tensor, "batch time"], model: str) -> ScoreAnswer:
+    """Return what a scorer said of a batch as an answer."""
+    found = {
+        "taken": scores.taken_logp,
+        "given": scores.support_logp,
+        "entropy": scores.entropy,
+        "top_ids": scores.top_ids,
+        "top_logp": scores.top_logp,
+    }
+    flat = {name: v[mask].to("cpu", answer_dtype(name)) for name, v in found.items() if v is not None}
+    return ScoreAnswer(model=model, **flat)
 
 
 def _write(tensors: Mapping[str, Tensor], words: Mapping[str, str]) -> bytes:

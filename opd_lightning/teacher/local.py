@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opd_lightning.loading import FrozenScorer, Loading
+from opd_lightning.protocols import Scoring
+from opd_lightning.serving.identity import weights_digest
+from opd_lightning.teacher.cached import cached
 
 __all__ = ["FrozenScorer", "LocalTeacher"]
 
@@ -17,13 +20,20 @@ class LocalTeacher:
         path: folder, hub name, or ``builtin:task/teacher``.
         dtype: torch dtype of the weights; reductions are in float32 whatever it is.
         scoring_temperature: None for the student's, which is the only one that is accepted.
+        cache: folder of a cache of its scores; see :class:`~opd_lightning.teacher.cached.CachedScorer`.
     """
 
     path: str
     dtype: str
     scoring_temperature: float | None = None
+    cache: str | None = None
 
-    def load(self, loading: Loading) -> FrozenScorer:
+    @property
+    def gives_hidden(self) -> bool:
+        """Hidden states are not cached."""
+        return self.cache is None
+
+    def load(self, loading: Loading) -> Scoring:
         """Load the model, frozen and in evaluation mode.
 
         Raises:
@@ -31,4 +41,7 @@ class LocalTeacher:
                 ``path``, or its head is not supported.
         """
         loading.check_temperature(self.scoring_temperature, "teacher.scoring_temperature")
-        return FrozenScorer(loading.frozen(self.path, "teacher.path", self.dtype))
+        scorer = FrozenScorer(loading.frozen(self.path, "teacher.path", self.dtype))
+        if self.cache is None:
+            return scorer
+        return cached(scorer, self.cache, weights_digest(scorer.scorer.model), loading)

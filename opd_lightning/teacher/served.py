@@ -14,6 +14,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from opd_lightning.errors import ConfigError, require
 from opd_lightning.loading import Loading
+from opd_lightning.protocols import Scoring
 from opd_lightning.schedule import within
 from opd_lightning.serving.client import Connection, read_token
 from opd_lightning.serving.identity import ServerInfo
@@ -24,8 +25,9 @@ from opd_lightning.serving.wire import (
     ScoreRequest,
     Wanted,
     WireError,
-    placed,
+    scores_of,
 )
+from opd_lightning.teacher.cached import cached
 from opd_lightning.types import Scores, TokenBatch, Want
 
 log = logging.getLogger(__name__)
@@ -43,6 +45,7 @@ class ServedTeacher:
         patience_s: how long a server that is gone is waited for, in seconds.
         tokens_per_request: most tokens of a request, prompts included; a longer row goes alone.
         scoring_temperature: None for the student's, which each request carries.
+        cache: folder of a cache of its scores; see :class:`~opd_lightning.teacher.cached.CachedScorer`.
 
     Raises:
         ConfigError: a field out of its range.
@@ -54,6 +57,7 @@ class ServedTeacher:
     patience_s: float
     tokens_per_request: int
     scoring_temperature: float | None = None
+    cache: str | None = None
 
     gives_hidden = False
     """Hidden states are not sent."""
@@ -104,7 +108,7 @@ class ServedTeacher:
         info.tokenizer.check(tokenizer, "teacher.address")
         return min(width, info.vocab)
 
-    def load(self, loading: Loading) -> ServedScorer:
+    def load(self, loading: Loading) -> Scoring:
         """Return the teacher, after a check that its log-probs belong to the tokens that they are asked for.
 
         Raises:
@@ -120,7 +124,7 @@ class ServedTeacher:
             tokens=self.tokens_per_request,
         )
         check_alignment(scorer, loading.tokenizer)
-        return scorer
+        return cached(scorer, self.cache, scorer.info.model, loading)
 
     def _info(self, connection: Connection) -> ServerInfo:
         response = connection.get("/info")
@@ -161,6 +165,9 @@ class ServedScorer:
     temperature: float
     tokens: int
 
+    kind = "served"
+    """For people."""
+
     @torch.no_grad()
     def __call__(
         self, tokens: TokenBatch, want: Want, support_ids: Int[Tensor, "batch time k"] | None = None
@@ -177,18 +184,12 @@ class ServedScorer:
                 "states; use support=teacher, or a teacher in this process"
             )
         given = support_ids if want.support != "none" else None
-        wanted = Wanted(
-            vocab=self.vocab,
-            temperature=self.temperature,
-            taken=want.taken,
-            entropy=want.entropy,
-            top=want.top,
-        )
+        wanted = Wanted.of(want, self.vocab, self.temperature)
         answers = []
         for rows in self._requests(tokens):
             part = None if given is None else given[rows]
             answers.append(self._ask(ScoreRequest.of(tokens.rows(rows), part, wanted)))
-        return _scores(answers, tokens.mask, want)
+        return scores_of(answers, tokens.mask, want)
 
     def _requests(self, tokens: TokenBatch) -> Iterator[slice]:
         """Yield the rows of each request, in their order."""
@@ -227,26 +228,6 @@ class ServedScorer:
             "start the server with the first teacher again, or a new run with this one",
         )
         return answer
-
-
-def _scores(answers: list[ScoreAnswer], mask: Tensor, want: Want) -> Scores:
-    """Return the answers as one batch."""
-
-    def whole(name: str) -> Tensor | None:
-        parts = [getattr(answer, name) for answer in answers]
-        return None if parts[0] is None else placed(torch.cat(parts), mask)
-
-    top_ids, support = whole("top_ids"), whole("given")
-    alone = not (want.taken or want.entropy or want.top)
-    if want.support == "renormalised" and alone and support is not None:
-        support = torch.log_softmax(support, -1) * mask.unsqueeze(-1)
-    return Scores(
-        taken_logp=whole("taken"),
-        support_logp=support,
-        entropy=whole("entropy"),
-        top_ids=None if top_ids is None else top_ids.long(),
-        top_logp=whole("top_logp"),
-    )
 
 
 def _check_status(response: httpx2.Response, connection: Connection, token_env: str | None) -> None:

@@ -202,6 +202,21 @@ def test_sigterm_ends_a_server_gracefully(tmp_path):
         assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
+def test_a_cache_changes_no_loss(tmp_path):
+    """Filled, and read by a run of the same seed, whose rows come again."""
+    cache = tmp_path / "cache"
+    plain = run(tmp_path / "plain")
+    filled = run(tmp_path / "filled", f"teacher.cache={cache}")
+    rows = sorted(path for path in cache.rglob("*") if path.is_file())
+    written = [path.stat().st_mtime_ns for path in rows]
+    read = run(tmp_path / "read", f"teacher.cache={cache}")
+    assert plain.losses == filled.losses == read.losses
+    assert len(rows) == 16
+    assert [path.stat().st_mtime_ns for path in sorted(p for p in cache.rglob("*") if p.is_file())] == written
+    assert "(cached)" in read.out
+
+
 # -- what is refused
 
 
@@ -232,14 +247,25 @@ def test_a_port_that_is_taken(tmp_path, address):
     refusal(here("serve_teacher", f"port={port}", folder=tmp_path / "run"), "port", "in use", "port=0")
 
 
+def test_a_cache_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    done = here("train", *SMALL, f"teacher.cache={tmp_path / 'file'}", folder=tmp_path / "run")
+    refusal(done, "teacher.cache", "can be written", "null")
+
+
+def test_a_server_has_no_cache(tmp_path, models_stay_closed):
+    refusal(here("serve_teacher", "teacher.cache=a", folder=tmp_path / "run"), "teacher.cache", "got 'a'")
+
+
+@pytest.mark.parametrize("teacher", ["teacher=served", "teacher.cache=folder"])
 @pytest.mark.parametrize(
     "arguments",
     [["support=full"], ["mask=[top_reverse_kl]"]],
     ids=["support", "mask"],
 )
-def test_whole_vocabularies_want_a_teacher_in_this_process(tmp_path, models_stay_closed, arguments):
-    done = here("train", "teacher=served", *arguments, folder=tmp_path / "run")
-    refusal(done, "support", "ServedTeacher", "sends no hidden states", "a teacher in this process")
+def test_whole_vocabularies_want_a_teacher_in_this_process(tmp_path, models_stay_closed, arguments, teacher):
+    done = here("train", teacher, *arguments, folder=tmp_path / "run")
+    refusal(done, "support", "served or cached", "gives no hidden states", "a teacher in this process")
 
 
 def test_other_uses_of_the_teacher_want_it_in_this_process(tmp_path, address):

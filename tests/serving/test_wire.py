@@ -57,6 +57,8 @@ def test_rows_come_back_padded():
     again = padded(asked.ids, asked.prompts, asked.responses)
     widths = int(tokens.prompt_mask.sum(-1).max()), int(tokens.mask.sum(-1).max())
     assert (again.prompt_ids.shape[1], again.ids.shape[1]) == widths
+    assert again.prompt_mask[:, -1].all()
+    assert again.mask[:, 0].all()
     for row in range(6):
         for ids, mask in (("prompt_ids", "prompt_mask"), ("ids", "mask")):
             assert torch.equal(
