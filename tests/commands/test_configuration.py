@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import math
 import re
 from collections.abc import Iterator
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +95,9 @@ def check_part(config: DictConfig, group: str, option: str) -> None:
     elif group in LISTED - {"callbacks", "logger"}:  # those two want a run's folder
         build(config[group][option])
     elif "_target_" in config[group] and group not in ("trainer", "strategy"):
-        build(config[group])
+        missing = (group, option) == ("engine", "vllm") and find_spec("vllm") is None
+        with pytest.raises(ConfigError, match="pip install") if missing else contextlib.nullcontext():
+            build(config[group])
 
 
 def test_the_defaults():
@@ -111,10 +115,14 @@ def test_every_other_option(group, option):
     overrides = [f"{group}=[{option}]" if group in LISTED else f"{group}={option}"]
     overrides += [f"estimator={OWNED[group]}"] if group in OWNED else []
     overrides += ["task.path=a.jsonl"] if option == "jsonl" else []
+    overrides += ["teacher.path=here"] if (group, option) == ("teacher", "vllm_server") else []
     config = composed(*overrides)
     refuse_unknown_keys(config, KEYS)
     if option == "jsonl":  # its class wants the file to be there
         assert config.task == content(group, option) | {"path": "a.jsonl"}
+    elif overrides[-1] == "teacher.path=here":
+        assert config.teacher == content(group, option) | {"path": "here"}
+        build(config.teacher)
     else:
         check_part(config, group, option)
 

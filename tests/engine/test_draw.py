@@ -132,6 +132,14 @@ def test_a_large_vocabulary_is_drawn_from_like_a_small_one(settings, vocab):
     torch.testing.assert_close(logp.double(), want[ids].log(), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("top_k", [100, 5000])
+def test_top_k_alone_drops_nothing_for_its_rarity(top_k):
+    """Logits so far apart that the sum of rounded probabilities reaches 1 before the last."""
+    logits = 8 * torch.randn(12, 40_001, generator=torch.Generator().manual_seed(0))
+    _, survivors = kept(logits, Sampling(max_new_tokens=1, top_k=top_k))
+    assert survivors.isfinite().sum(-1).tolist() == [top_k] * 12
+
+
 def test_a_nucleus_does_not_rank_the_vocabulary(monkeypatch):
     ranked, original = [], torch.Tensor.topk
     monkeypatch.setattr(

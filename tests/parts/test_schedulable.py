@@ -80,6 +80,11 @@ PLAIN = {
     *(f"{name}.k" for name in ("Augmented", "StudentAugmented", "StudentTopK", "TeacherTopK", "Union")),
     *("Mixture.student_samples", "Mixture.gold_samples"),
     *("Coin.teacher_temperature", "Mixture.teacher_temperature", "TeacherPrefix.teacher_temperature"),
+    *(
+        f"{name}.{key}"
+        for name in ("ServedTeacher", "VllmTeacher")
+        for key in ("timeout_s", "patience_s", "tokens_per_request", "scoring_temperature")
+    ),
     *("LocalTeacher.scoring_temperature", "SelfTeacher.scoring_temperature", "SelfTeacher.max_prompt_tokens"),
     *(
         f"{name}.{key}"
