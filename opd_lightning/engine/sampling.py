@@ -124,6 +124,10 @@ def _inside(
     values: Float[Tensor, "rows ranked"], normaliser: Float[Tensor, "rows 1"], top_p: float
 ) -> Bool[Tensor, "rows ranked"]:
     """Return which of the ranked ids top-p keeps: those before which the mass has not yet reached it."""
+    if top_p >= 1:
+        return torch.ones_like(
+            values, dtype=torch.bool
+        )  # Sums of rounded probabilities may pass 1 on the way.
     probability = (values - normaliser).exp()
     return probability.cumsum(-1, dtype=torch.float64) - probability < top_p
 
