@@ -213,7 +213,7 @@ def test_heads_are_widened_only_where_they_must_be(make):
 
 
 def true_draws(model, error=0.0):
-    """An engine that draws the likeliest ids of ``model`` and reports their log-probs, ``error`` too high."""
+    """An engine that draws the likeliest ids of ``model`` and reports their log-probs, one of a row ``error`` too high."""
 
     def draw(rows, seeds, sampling):
         drawn = []
@@ -224,7 +224,7 @@ def true_draws(model, error=0.0):
                 with torch.no_grad():
                     best = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1).max(-1)
                 ids.append(int(best.indices))
-                logp.append(float(best.values) + error)
+                logp.append(float(best.values) + error * (len(logp) == 3))
             drawn.append(Drawn(ids=ids[len(row) :], logp=logp, top=[], stopped=False))
         return drawn
 
@@ -239,7 +239,7 @@ def test_the_canary_measures_the_difference():
     canary.settle(ragged(seed=1), block=16, longest=64)
     assert canary.rows == held  # the same prompts through the run
     assert canary.gap(true_draws(model), model) < 1e-4
-    assert canary.gap(true_draws(model, 0.25), model) == pytest.approx(0.25, abs=1e-4)
+    assert canary.gap(true_draws(model, -0.25), model) == pytest.approx(0.25, abs=1e-4)
     assert canary.gap(true_draws(build("qwen3", rms_norm_eps=0.1)), model) > 1e-3
     short = Canary()
     short.settle(ragged(), block=16, longest=20)
