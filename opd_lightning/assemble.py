@@ -29,13 +29,14 @@ from opd_lightning.loading import (
     paired,
 )
 from opd_lightning.lora import Lora
-from opd_lightning.models import check_dtype, stop_ids
+from opd_lightning.models import check_compiled, check_dtype, stop_ids
 from opd_lightning.module import OnPolicyDistillation
 from opd_lightning.objective import Objective
 from opd_lightning.prompts import Prompts
 from opd_lightning.protocols import Engine, Follows, RolloutSampler, Scoring, Task
 from opd_lightning.reference.initial import Initial
 from opd_lightning.schedule import within
+from opd_lightning.scorer import Scorer
 from opd_lightning.types import Origin, Problem
 from opd_lightning.writing import writers_for
 
@@ -86,6 +87,7 @@ def assemble(
     head_scratch_mb: float = 256,
     temperature: float = 1.0,
     layout: str = "auto",
+    compiled: bool = False,
     lora: Lora | None = None,
     split: str = "validation",
     seed: int = 0,
@@ -94,24 +96,19 @@ def assemble(
     """Load the models and build both halves around them, cheap checks first.
 
     ``head_scratch_mb`` bounds the logits that are alive at once, in MB, ``temperature`` is the scoring
-    temperature, ``layout`` the way of the rows through the backbone, of every model alike. ``reference`` is
-    loaded only if a part needs it (default: the starting student). ``lora`` puts adapters on the student,
-    which are then all that is trained. ``peak_tflops`` is what utilisation is a share of, None to measure it.
+    temperature, ``layout`` the way of the rows through the backbone, ``compiled`` whether torch.compile
+    runs its layers, of every model alike. ``reference`` is loaded only if a part needs it (default: the
+    starting student). ``lora`` puts adapters on the student, which are then all that is trained.
+    ``peak_tflops`` is what utilisation is a share of, None to measure it.
 
     Raises:
         ConfigError: anything that cannot work, before a weight is read wherever possible.
     """
     _check_numbers(student_dtype, teacher.dtype, head_scratch_mb, temperature)
     check_layout(layout)
-    require(
-        peak_tflops is None or within(peak_tflops, 1e-6, 1e9),
-        "reporting.peak_tflops",
-        "be a number above 0, or null",
-        peak_tflops,
-        "use null to measure it",
-    )
-    if collector.micro_batch_tokens is not None:
-        micro_batch_count(1, longest_row(rollout, collector.max_prompt_tokens), collector.micro_batch_tokens)
+    check_compiled(compiled)
+    _check_peak(peak_tflops)
+    _check_budget(collector, rollout)
     _check_taught(objective, rollout)
     _check_weighted(objective, rollout)
     _check_hidden(objective, teacher)
@@ -121,9 +118,8 @@ def assemble(
     objective = _bound(objective, tokenizer)
     training, validation = _prompts(task, tokenizer, collector, split, seed)
     adapt = None if lora is None else partial(lora.add_to, seed=seed)
-    student = load_scorer(
-        student_path, "student.path", student_dtype, vocab, head_scratch_mb, temperature, layout, adapt
-    ).train()
+    read = (vocab, head_scratch_mb, temperature, layout, compiled)
+    student = load_scorer(student_path, "student.path", student_dtype, *read, adapt).train()
     stops = stop_ids(student.model, tokenizer)
     known = any(stop < vocab for stop in stops)
     require(known, "teacher.path", f"know the student's stop ids {stops}", vocab, "use a wider teacher")
@@ -136,6 +132,7 @@ def assemble(
         scratch_mb=head_scratch_mb,
         temperature=temperature,
         layout=layout,
+        compiled=compiled,
         max_prompt_tokens=collector.max_prompt_tokens,
         problems=training.known,
     )
@@ -150,10 +147,6 @@ def assemble(
     # Refuses writers that are not there.
     writers_for(engine, student, frozen, tokenizer, stops, rollout.writers)
     clock = PhaseClock()
-    meter = Meter(clock.charge)
-    others = [model.scorer for model in (frozen, referred) if isinstance(model, FrozenScorer)]
-    for scorer in (student, *others):
-        meter.attach(scorer)
     collecting = Collector(
         task=task,
         prompts=training,
@@ -171,7 +164,7 @@ def assemble(
         score_tokens=collector.score_tokens,
         micro_batch_tokens=collector.micro_batch_tokens,
         clock=clock,
-        meter=meter,
+        meter=_metered(clock, student, frozen, referred),
     )
     follower = frozen if isinstance(frozen, Follows) else None
     module = OnPolicyDistillation(student, objective, optimizer, scheduler, follower)
@@ -216,6 +209,26 @@ def _check_numbers(
         temperature,
         "use 1 for the models' own distributions",
     )
+
+
+def _check_peak(peak_tflops: float | None) -> None:
+    holds = peak_tflops is None or within(peak_tflops, 1e-6, 1e9)
+    condition, remedy = "be a number above 0, or null", "use null to measure it"
+    require(holds, "reporting.peak_tflops", condition, peak_tflops, remedy)
+
+
+def _check_budget(collector: CollectorSettings, rollout: RolloutSampler) -> None:
+    """Refuse a micro-batch that cannot hold the longest row."""
+    if collector.micro_batch_tokens is not None:
+        micro_batch_count(1, longest_row(rollout, collector.max_prompt_tokens), collector.micro_batch_tokens)
+
+
+def _metered(clock: PhaseClock, student: Scorer, *frozen: Scoring | None) -> Meter:
+    """Return what charges the clock with the arithmetic of all models in this process."""
+    meter = Meter(clock.charge)
+    for scorer in (student, *(model.scorer for model in frozen if isinstance(model, FrozenScorer))):
+        meter.attach(scorer)
+    return meter
 
 
 def _bound(objective: Objective, tokenizer: PreTrainedTokenizerBase) -> Objective:

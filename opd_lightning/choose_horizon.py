@@ -24,7 +24,7 @@ from opd_lightning.errors import require
 from opd_lightning.functional.divergence import reverse_kl
 from opd_lightning.layout import check_layout
 from opd_lightning.loading import FrozenScorer, Loading, check_scratch, load_scorer
-from opd_lightning.models import check_dtype, pair_vocabulary, stop_ids
+from opd_lightning.models import check_compiled, check_dtype, eager, pair_vocabulary, stop_ids
 from opd_lightning.prompts import Prompts
 from opd_lightning.protocols import Engine
 from opd_lightning.schedule import within
@@ -36,7 +36,7 @@ KEYS = {
     *("task", "student", "teacher", "engine", "share", "rollouts", "split", *SAMPLING),
     *("max_prompt_tokens", "long_prompts", "batch", "seed", "accelerator"),
     *("student.path", "student.dtype", "student.head_scratch_mb", "student.scoring_temperature"),
-    *("student.layout", "student.lora"),
+    *("student.layout", "student.compile", "student.lora"),
 }
 _TERM = FullTerm("teacher", reverse_kl)
 
@@ -57,7 +57,8 @@ class Pair:
         found = DivergenceByPosition()
         for start in range(0, len(positions), batch):
             prompts = self.prompts.stream(positions[start : start + batch]).to(self.student.device)
-            drawn = self.engine.generate(self.student.model, prompts, self.sampling)
+            with eager(self.student.model):
+                drawn = self.engine.generate(self.student.model, prompts, self.sampling)
             found = found.add(self._divergence(prompts, drawn.ids, drawn.mask), drawn.mask)
         return found
 
@@ -101,8 +102,8 @@ def load(config: DictConfig) -> Pair:
         group="",
     )
     scratch, temperature = config.student.head_scratch_mb, config.student.scoring_temperature
-    layout = config.student.layout
-    student = load_scorer(path, "student.path", dtype, vocab, scratch, temperature, layout)
+    layout, compiled = config.student.layout, config.student.compile
+    student = load_scorer(path, "student.path", dtype, vocab, scratch, temperature, layout, compiled)
     student = student.eval().requires_grad_(False).to(config.accelerator)
     loading = Loading(
         student=student,
@@ -113,6 +114,7 @@ def load(config: DictConfig) -> Pair:
         scratch_mb=scratch,
         temperature=temperature,
         layout=layout,
+        compiled=compiled,
         max_prompt_tokens=config.max_prompt_tokens,
         problems=prompts.known,
     )
@@ -154,6 +156,7 @@ def check(config: DictConfig) -> None:
     scale, remedy = within(tau, 1e-3, 1e3), "use 1 for the models' own distributions"
     require(scale, "student.scoring_temperature", "be a number above 0", tau, remedy)
     check_layout(student.layout)
+    check_compiled(student.compile)
     there = {"cpu": True, "cuda": torch.cuda.is_available()}.get(config.accelerator, False)
     remedy = "use cpu"
     require(there, "accelerator", "be cpu, or cuda where there is a GPU", config.accelerator, remedy)

@@ -17,6 +17,7 @@ from opd_lightning.diagnostics.collection import CollectionReport, describe
 from opd_lightning.diagnostics.utilisation import Meter
 from opd_lightning.errors import ConfigError, require
 from opd_lightning.grades import grade, respond_and_grade
+from opd_lightning.models import eager
 from opd_lightning.objective import Objective
 from opd_lightning.prompts import Prompts
 from opd_lightning.protocols import Engine, KeepsCopy, RolloutSampler, Scoring, Task, Writer
@@ -213,7 +214,7 @@ class Collector:
         ]
         device = student.device
         prompts = self.prompts.stream(positions).to(device)
-        with self.clock.during("generate"):
+        with self.clock.during("generate"), eager(student.model):
             writers = writers_for(
                 self.engine, student, self.teacher, self.tokenizer, self.stop_ids, self.rollout.writers
             )
@@ -275,7 +276,7 @@ class Collector:
         device = model.device
         for start in range(0, len(rows), batch):
             asked = prompts.first(rows[start : start + batch]).repeat(samples).to(device)
-            with self.clock.during("evaluate"):
+            with self.clock.during("evaluate"), eager(model.model):
                 bounded = replace(sampling, stop_ids=self.stop_ids, vocab=model.vocab)
                 graded = respond_and_grade(
                     self.task, self.tokenizer, self.engine, model.model, asked, bounded

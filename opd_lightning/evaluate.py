@@ -27,7 +27,7 @@ KEYS = {
     *("task", "student", "engine", "split", "problems", "temperature", "samples", "top_p", "top_k", "min_p"),
     *("max_new_tokens", "max_prompt_tokens", "long_prompts", "batch", "seed", "accelerator"),
     *("student.path", "student.dtype", "student.head_scratch_mb", "student.scoring_temperature"),
-    *("student.layout", "student.lora"),
+    *("student.layout", "student.compile", "student.lora"),
 }
 _SHOWN = ("split", "samples", "temperature", "top_p", "top_k", "min_p", "max_new_tokens", "seed")
 

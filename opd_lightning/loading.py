@@ -15,6 +15,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from opd_lightning.errors import require
 from opd_lightning.layout import check_packed
 from opd_lightning.models import (
+    compile_layers,
     evaluating,
     load_model,
     load_tokenizer,
@@ -79,6 +80,7 @@ def load_scorer(
     scratch_mb: float,
     temperature: float,
     layout: str,
+    compiled: bool = False,
     change: Callable[[PreTrainedModel], None] | None = None,
 ) -> Scorer:
     """Load the model at ``path`` behind a scorer whose head is known to be read rightly.
@@ -90,6 +92,7 @@ def load_scorer(
         scratch_mb: logits of every model that may be alive at once, in MB.
         temperature: scoring temperature.
         layout: how rows go through the backbone.
+        compiled: whether torch.compile runs its layers.
         change: what is done to the model first, adapters for instance.
 
     Raises:
@@ -101,6 +104,8 @@ def load_scorer(
     check_packed(model, layout, path)
     scorer = Scorer(model, vocab, int(scratch_mb * 2**20), temperature, layout)
     check_head(scorer, path)
+    if compiled:
+        compile_layers(model)
     return scorer
 
 
@@ -116,6 +121,7 @@ class Loading:
         scratch_mb: logits of every model that may be alive at once, in MB.
         temperature: scoring temperature of every model.
         layout: how rows go through each backbone.
+        compiled: whether torch.compile runs their layers.
         max_prompt_tokens: longest prompt.
         problems: those that will be trained on, where they are known beforehand.
     """
@@ -128,6 +134,7 @@ class Loading:
     scratch_mb: float
     temperature: float = 1.0
     layout: str = "auto"
+    compiled: bool = False
     max_prompt_tokens: int = 512
     problems: Sequence[Problem] = ()
 
@@ -148,7 +155,9 @@ class Loading:
         Raises:
             ConfigError: nothing that can be loaded lies at ``path``, or its head is not supported.
         """
-        scorer = load_scorer(path, field, dtype, self.vocab, self.scratch_mb, self.temperature, self.layout)
+        scorer = load_scorer(
+            path, field, dtype, self.vocab, self.scratch_mb, self.temperature, self.layout, self.compiled
+        )
         return scorer.eval().requires_grad_(False)
 
 

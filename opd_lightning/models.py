@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,37 @@ def _sentence(path: str, field: str, error: Exception, what: str = "causal langu
         f"`{field}` must name a {what} that transformers can load, got {path!r}; give a folder with config.json and "
         f"safetensors, or a hub name that this machine can reach or has cached (transformers says: {first})"
     )
+
+
+def check_compiled(compiled: object) -> None:
+    """Raise ConfigError for a switch that is neither on nor off."""
+    require(isinstance(compiled, bool), "student.compile", "be true or false", compiled, "use false")
+
+
+def repeated_layers(model: nn.Module) -> list[nn.Module]:
+    """Return a model's decoder layers: the members of its longest module list."""
+    lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList)]
+    return max(lists, key=len, default=[])
+
+
+def compile_layers(model: nn.Module) -> None:
+    """Have torch.compile run each decoder layer, in place: names and classes of all modules stay.
+
+    All layers are one function, which is compiled once for training and once without gradient, with lengths
+    left open. It happens at the first call.
+    """
+    for layer in repeated_layers(model):
+        layer.compile(dynamic=True)
+
+
+def eager(model: nn.Module) -> AbstractContextManager[None]:
+    """Run ``model`` as it is written inside the block, whether it was compiled or not.
+
+    For generation: every step has a cache of another length, and what each is compiled for is used once.
+    """
+    if not any(layer._compiled_call_impl is not None for layer in repeated_layers(model)):
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]
 
 
 @contextmanager

@@ -10,14 +10,14 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from opd_lightning.models import repeated_layers
 from opd_lightning.scorer import Scorer
 from opd_lightning.types import TokenBatch, Want
 
 
 def decoder_layers(scorer: Scorer) -> list[nn.Module]:
-    """Return the model's repeated layers: the members of its longest module list."""
-    lists = [list(m) for m in scorer.model.modules() if isinstance(m, nn.ModuleList)]
-    return max(lists, key=len, default=[])
+    """Return the model's repeated layers."""
+    return repeated_layers(scorer.model)
 
 
 def shard(scorer: Scorer, mesh: DeviceMesh) -> None:

@@ -41,7 +41,7 @@ KEYS = {
     *("regularizer", "mask", "reduction", "collector", "evaluation", "optimizer", "scheduler", "trainer"),
     *("strategy", "logger", "callbacks", "reference", "seed", "reporting", "reporting.peak_tflops"),
     *("student.path", "student.dtype", "student.head_scratch_mb", "student.scoring_temperature"),
-    *("student.layout", "student.lora"),
+    *("student.layout", "student.compile", "student.lora"),
     *("evaluation.split", "evaluation.every_steps", "evaluation.settings", "evaluation.teacher"),
     *(f"collector.{field.name}" for field in fields(CollectorSettings)),
 }
@@ -86,6 +86,7 @@ def run_from(config: DictConfig) -> Run:
         head_scratch_mb=config.student.head_scratch_mb,
         temperature=config.student.scoring_temperature,
         layout=config.student.layout,
+        compiled=config.student.compile,
         lora=lora_from(config),
         split=config.evaluation.split,
         seed=config.seed,

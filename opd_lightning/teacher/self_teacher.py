@@ -13,6 +13,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from opd_lightning.chat import encode, left_padded
 from opd_lightning.errors import ConfigError, require
 from opd_lightning.loading import FrozenScorer, Loading, SharedScorer
+from opd_lightning.models import compile_layers
 from opd_lightning.protocols import Scoring
 from opd_lightning.schedule import Schedule, value_at, within
 from opd_lightning.scorer import Scorer
@@ -129,6 +130,8 @@ class SelfTeacher:
         student = loading.student
         averaged = [name for name, p in student.model.named_parameters() if p.requires_grad]
         model = copy.deepcopy(student.model).eval().requires_grad_(False)
+        if loading.compiled:
+            compile_layers(model)
         if self.dtype != loading.student_dtype:
             model = model.to(getattr(torch, self.dtype))  # type: ignore[arg-type]
         held = dict(model.named_parameters())

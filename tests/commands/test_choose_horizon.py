@@ -212,6 +212,7 @@ REFUSED = [
     (["accelerator=tpu"], "accelerator", "got 'tpu'"),
     (["student.head_scratch_mb=0"], "student.head_scratch_mb", "got 0"),
     (["student.scoring_temperature=0"], "student.scoring_temperature", "above 0"),
+    (["student.compile=layers"], "student.compile", "got 'layers'"),
     (["student.layout=dense"], "student.layout", "got 'dense'"),
     (["student.dtype=int8"], "student.dtype", "got 'int8'"),
     (["teacher.dtype=int8"], "teacher.dtype", "got 'int8'"),

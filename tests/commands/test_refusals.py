@@ -81,6 +81,7 @@ SETTINGS = [
     (["optimizer.lr=-1"], "optimizer", ["AdamW", "-1"]),
     (["scheduler.final=2"], "scheduler.final", ["in [0, 1]", "got 2"]),
     (["student.dtype=int8"], "student.dtype", ["got 'int8'", "bfloat16"]),
+    (["student.compile=layers"], "student.compile", ["true or false", "got 'layers'"]),
     (["student.layout=dense"], "student.layout", ["auto, padded, buckets, packed", "got 'dense'"]),
     (["teacher.dtype=wrong"], "teacher.dtype", ["got 'wrong'", "bfloat16"]),
     (["reporting.peak_tflops=0"], "reporting.peak_tflops", ["above 0", "got 0", "null"]),
