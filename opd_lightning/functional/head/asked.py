@@ -32,7 +32,7 @@ class AskedGradient:
         finish: Finish,
         lse: Float[Tensor, " n"],
         entropy: Float[Tensor, " n"] | None,
-        entropy_pull: Float[Tensor, " n"],
+        entropy_pull: Float[Tensor, " n"] | None,
     ) -> AskedGradient:
         """Return the gradient of ``sum_j pull_j log p(ids_j) + entropy_pull * H``, ``logits`` those of ``ids``.
 
@@ -45,7 +45,7 @@ class AskedGradient:
         own = torch.zeros_like(pull).scatter_add_(-1, number, pull.gather(-1, order)).gather(-1, number)
         logits = logits.gather(-1, order)
         logp, dense = logits - lse.unsqueeze(-1), pull.sum(-1, keepdim=True)
-        if entropy is not None:
+        if entropy is not None and entropy_pull is not None:
             dense = dense + entropy_pull.unsqueeze(-1) * (logp + entropy.unsqueeze(-1))
         return cls(ids=ids, first=first, grad=finish.pull_back_(own - logp.exp() * dense, logits))
 

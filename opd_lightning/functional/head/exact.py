@@ -114,7 +114,9 @@ class _Exact(torch.autograd.Function):
         (grid, buffers), narrow = settings.tiling(len(hidden)), hidden.to(settings.dtype)
         into = Gradients(ctx.needs_input_grad, hidden, weight, bias)
         lse_pull = -pull.sum(-1)
-        asked = AskedGradient.of(ids, pull, logits, settings.head.finish, lse, entropy, entropy_pull)
+        asked = AskedGradient.of(
+            ids, pull, logits, settings.head.finish, lse, entropy, None if entropy is None else entropy_pull
+        )
         with torch.autocast(hidden.device.type, enabled=False):
             for v in grid.slices():
                 part, finish = weight[v].to(settings.dtype), settings.head.cut(v).finish
