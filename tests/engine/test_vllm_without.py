@@ -213,7 +213,7 @@ def test_heads_are_widened_only_where_they_must_be(make):
 
 
 def true_draws(model, error=0.0):
-    """An engine that draws the likeliest ids of ``model`` and reports their log-probs, one of a row ``error`` too high."""
+    """An engine that draws the likeliest ids of ``model``; one log-prob of a row is ``error`` too high."""
 
     def draw(rows, seeds, sampling):
         drawn = []
