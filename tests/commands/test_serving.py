@@ -97,6 +97,7 @@ def test_requests_cut_small_give_the_same_losses_to_rounding(tmp_path, address):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_two_processes_share_a_server(tmp_path, address):
     both = ["strategy=ddp", "trainer.devices=2", f"hydra.run.dir={tmp_path / 'served'}"]
     done = end(
@@ -140,6 +141,7 @@ def wait_for(address: str, count: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_server_killed_and_started_again_costs_a_run_nothing(tmp_path):
     """The run waits, says so, and goes on: every loss is that of an undisturbed run."""
     port = f"port={free_port()}"
@@ -167,6 +169,7 @@ def test_a_server_killed_and_started_again_costs_a_run_nothing(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_server_gone_for_good_ends_a_run_with_a_checkpoint(tmp_path):
     with server(tmp_path, "port=0") as (address, process):
         running, folder = begin(tmp_path, "run", address, "teacher.patience_s=4")
