@@ -154,13 +154,16 @@ def test_ids_that_a_bias_rules_out_of_a_softmax(scratch):
     same_gradients(entropy, expected.entropy(), [hidden, whole.weight, whole.bias])
 
 
-def test_many_small_tiles_of_a_bf16_head_lose_nothing():
-    """Sums in bf16 would stop at 256 of these terms of 1, and at 0.7 of those of 1/600."""
+def test_small_tiles_of_a_bf16_head_lose_nothing():
+    """512 + 8 times 1 stays 512 in bf16, and a sum of 1/600 stays at a half."""
     weight = torch.zeros(2, 3, dtype=torch.bfloat16, requires_grad=True)
-    hidden, ids = torch.ones(2048, 3, dtype=torch.bfloat16), torch.zeros(2048, 1, dtype=torch.long)
-    logp = exact(hidden, Head(weight=weight), ids, entropy=False, scratch=8 * 2).logp
-    (2 * logp).sum().backward()
-    assert weight.grad.tolist() == [[2048.0] * 3, [-2048.0] * 3]
+    rows, blocks = 512, 9
+    hidden, ids = torch.ones(blocks * rows, 3).bfloat16(), torch.zeros(blocks * rows, 1, dtype=torch.long)
+    pull = torch.zeros(blocks, rows)
+    pull[:, 0] = torch.tensor([1024.0] + 8 * [2.0])
+    logp = exact(hidden, Head(weight=weight), ids, entropy=False, scratch=4 * rows * 2).logp
+    (logp.flatten() * pull.flatten()).sum().backward()
+    assert weight.grad.tolist() == [[520.0] * 3, [-520.0] * 3]
     hidden, ids = torch.zeros(1, 1, dtype=torch.bfloat16, requires_grad=True), torch.tensor([[599]])
     head = Head(weight=torch.ones(600, 1, dtype=torch.bfloat16))
     exact(hidden, head, ids, entropy=False, scratch=4).logp.sum().backward()
