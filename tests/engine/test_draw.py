@@ -140,6 +140,18 @@ def test_top_k_alone_drops_nothing_for_its_rarity(top_k):
     assert survivors.isfinite().sum(-1).tolist() == [top_k] * 12
 
 
+@pytest.mark.parametrize("settings", [{"top_p": 0.9}, {"top_k": 300, "top_p": 0.95}], ids=str)
+def test_rows_are_truncated_each_on_its_own(settings):
+    """Rows of very different spread, so that some are ranked to a greater depth than others."""
+    spread = torch.tensor([8.0, 0.1, 2.0, 4.0]).unsqueeze(-1)
+    logits = spread * torch.randn(4, 5003, generator=torch.Generator().manual_seed(0))
+    sampling = Sampling(max_new_tokens=1, **settings)
+    ids, survivors = kept(logits, sampling)
+    for row, chosen, values in zip(logits, ids, survivors, strict=True):
+        want = torch.tensor(exact(row, **settings)).nonzero().flatten()
+        assert chosen[values.isfinite()].tolist() == want.tolist()
+
+
 def test_a_nucleus_does_not_rank_the_vocabulary(monkeypatch):
     ranked, original = [], torch.Tensor.topk
     monkeypatch.setattr(

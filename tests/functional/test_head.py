@@ -109,6 +109,25 @@ def test_many_ids_are_ranked_by_blocks():
     assert all(len(set(row)) == 3 for row in got.ids.tolist())
 
 
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_divergence_of_certainties(divergence, dtype):
+    """Logits so far apart that most probabilities are 0 in the dtype, on one side or on both."""
+    hidden, head, _ = make(dtype=dtype)
+    other, other_head, _ = make(seed=5, dtype=dtype)
+    near, far = 40, 4000  # some ids have no mass on both sides, then all but one have none
+    for spread in (near, far):
+        got = full(spread * hidden, head, spread * other, other_head, divergence)
+        student, teacher = (
+            dense(spread * h, w).log_softmax(-1) for h, w in ((hidden, head), (other, other_head))
+        )
+        expected = divergence(student, teacher.detach())
+        same = (student - teacher).abs().amax(-1) < 1e4  # beyond, the plain form counts log 0 as -1e4
+        torch.testing.assert_close(got[same], expected[same], atol=1e-4, rtol=1e-4)
+        for gradient in torch.autograd.grad(got.sum(), [hidden, head.weight]):
+            assert gradient.isfinite().all()
+
+
 def test_tied_head():
     """One weight is the embedding and the head: both gradients arrive."""
     tokens = torch.tensor([1, 2, 2, 7])

@@ -17,7 +17,7 @@ from dense_head import (
 
 from opd_lightning.divergence.reverse_kl import ReverseKL
 from opd_lightning.functional.divergence import reverse_kl
-from opd_lightning.functional.head import Head, exact, full, support_logits, top
+from opd_lightning.functional.head import Head, exact, full, gathered_torch, support_logits, top
 
 
 @pytest.mark.parametrize("mode", ["exact", "top", "full"])
@@ -44,6 +44,15 @@ def test_rows_of_the_head_are_not_gathered():
     with Largest() as largest:
         support_logits(hidden, head, ids).sum().backward()
     assert largest.numel <= 64 * HIDDEN  # and not 64 * K * HIDDEN
+
+
+def test_rows_of_a_bf16_head_are_gathered_in_blocks(monkeypatch):
+    """There is no sparse product in bf16."""
+    monkeypatch.setattr(gathered_torch, "_BLOCK", 8 * 3 * HIDDEN)
+    hidden, head, ids = make(64, dtype=torch.bfloat16)
+    with Largest() as largest:
+        support_logits(hidden, head, ids).sum().backward()
+    assert largest.numel <= 64 * HIDDEN
 
 
 # numerics 11.28
@@ -101,6 +110,7 @@ def test_under_autocast():
         raw = support_logits(hidden, head, ids)
     assert logp.dtype == raw.dtype == torch.float32
     torch.testing.assert_close(logp, expected, atol=0.1, rtol=0)
+    assert (logp - expected).abs().max() > 1e-3  # products in bf16, as autocast's are
     torch.testing.assert_close(raw, dense(hidden, head).gather(-1, ids))
     gradients = torch.autograd.grad(logp.sum() + raw.sum(), [hidden, head.weight])
     assert all(g.dtype == torch.float32 and g.isfinite().all() for g in gradients)

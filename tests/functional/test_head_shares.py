@@ -78,6 +78,17 @@ def test_a_share_of_one_among_millions_is_not_rounded_away(share, hinted):
         torch.testing.assert_close(a, b, atol=3e-3 * b.abs().max().item(), rtol=1e-2)
 
 
+@pytest.mark.parametrize("share", [None, torch.ones(N)], ids=["without", "with"])
+def test_a_second_backward_pass_is_like_the_first(share):
+    hidden, head, _ = make(bias=True)
+    other, other_head, _ = make(seed=5)
+    value = full(hidden, head, other, other_head, ReverseKL(), share=share)
+    first = torch.autograd.grad(3 * value.sum(), parameters(hidden, head), retain_graph=True)
+    second = torch.autograd.grad(value.sum(), parameters(hidden, head))
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(a, 3 * b)
+
+
 @pytest.mark.parametrize(("change", "passes"), [("as the loss has it", 0), ("another one", 3), (None, 4)])
 def test_a_share_spares_the_backward_pass_its_products(change, passes):
     hidden, head, _ = make()
