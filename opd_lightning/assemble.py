@@ -12,32 +12,29 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from opd_lightning.buffer import micro_batch_count
+from opd_lightning.checks import parts
 from opd_lightning.clock import PhaseClock
-from opd_lightning.collector import Collector, check_sizes, longest_row
+from opd_lightning.collector import Collector, check_sizes
 from opd_lightning.data import Evaluation, OnPolicyData
 from opd_lightning.diagnostics.utilisation import Meter
-from opd_lightning.errors import ConfigError, require
-from opd_lightning.layout import check_layout
+from opd_lightning.errors import require
 from opd_lightning.loading import (
     FrozenScorer,
     Loading,
     Reference,
     TeacherSource,
-    check_scratch,
     load_scorer,
     paired,
 )
 from opd_lightning.lora import Lora
-from opd_lightning.models import check_compiled, check_dtype, stop_ids
+from opd_lightning.models import stop_ids
 from opd_lightning.module import OnPolicyDistillation
 from opd_lightning.objective import Objective
 from opd_lightning.prompts import Prompts
 from opd_lightning.protocols import Engine, Follows, RolloutSampler, Scoring, Task
 from opd_lightning.reference.initial import Initial
-from opd_lightning.schedule import within
 from opd_lightning.scorer import Scorer
-from opd_lightning.types import Origin, Problem
+from opd_lightning.types import Problem
 from opd_lightning.writing import writers_for
 
 
@@ -104,17 +101,15 @@ def assemble(
     Raises:
         ConfigError: anything that cannot work, before a weight is read wherever possible.
     """
-    _check_numbers(student_dtype, teacher.dtype, head_scratch_mb, temperature)
-    check_layout(layout)
-    check_compiled(compiled)
-    _check_peak(peak_tflops)
-    _check_budget(collector, rollout)
-    _check_taught(objective, rollout)
-    _check_weighted(objective, rollout)
-    _check_hidden(objective, teacher)
+    parts.numbers(student_dtype, teacher, head_scratch_mb, temperature, layout, compiled, peak_tflops)
+    parts.budget(rollout, collector)
+    parts.taught(objective, rollout)
+    parts.weighted(objective, rollout)
+    parts.hidden(objective, teacher)
+    parts.given_ids(objective, teacher)
+    parts.temperatures(teacher, temperature)
     tokenizer, vocab = paired(student_path, teacher)
-    most = max(objective.needs.teacher_top, objective.needs.student_top)
-    require(most <= vocab, "support.k", f"be at most the vocabulary's {vocab} ids", most, "use support=full")
+    parts.support_size(objective, vocab)
     objective = _bound(objective, tokenizer)
     training, validation = _prompts(task, tokenizer, collector, split, seed)
     adapt = None if lora is None else partial(lora.add_to, seed=seed)
@@ -137,8 +132,8 @@ def assemble(
         problems=training.known,
     )
     frozen = teacher.load(loading)
-    _check_given_ids(objective, frozen)
-    _check_changing(objective, frozen, collector.steps_per_collection, rollout)
+    parts.given_ids(objective, frozen)
+    parts.changing(objective, frozen, rollout, collector)
     if isinstance(frozen, FrozenScorer):
         student.set_target("teacher", frozen.scorer)
     referred = (reference or Initial()).load(loading) if objective.needs.reference else None
@@ -196,33 +191,6 @@ def _prompts(
     return training, prompts(held_out, 0, None) if len(held_out) else None
 
 
-def _check_numbers(
-    student_dtype: str, teacher_dtype: str, head_scratch_mb: float, temperature: float
-) -> None:
-    check_dtype(student_dtype, "student.dtype")
-    check_scratch(head_scratch_mb)
-    check_dtype(teacher_dtype, "teacher.dtype")
-    require(
-        within(temperature, 1e-3, 1e3),
-        "student.scoring_temperature",
-        "be a number above 0",
-        temperature,
-        "use 1 for the models' own distributions",
-    )
-
-
-def _check_peak(peak_tflops: float | None) -> None:
-    holds = peak_tflops is None or within(peak_tflops, 1e-6, 1e9)
-    condition, remedy = "be a number above 0, or null", "use null to measure it"
-    require(holds, "reporting.peak_tflops", condition, peak_tflops, remedy)
-
-
-def _check_budget(collector: CollectorSettings, rollout: RolloutSampler) -> None:
-    """Refuse a micro-batch that cannot hold the longest row."""
-    if collector.micro_batch_tokens is not None:
-        micro_batch_count(1, longest_row(rollout, collector.max_prompt_tokens), collector.micro_batch_tokens)
-
-
 def _metered(clock: PhaseClock, student: Scorer, *frozen: Scoring | None) -> Meter:
     """Return what charges the clock with the arithmetic of all models in this process."""
     meter = Meter(clock.charge)
@@ -235,76 +203,3 @@ def _bound(objective: Objective, tokenizer: PreTrainedTokenizerBase) -> Objectiv
     """Give the masks that name tokens by strings the student's tokenizer."""
     masks = {k: m.bind(tokenizer) if hasattr(m, "bind") else m for k, m in objective.masks.items()}
     return replace(objective, masks=masks)
-
-
-_WRITES = {
-    "student": Origin.STUDENT,
-    "mixed": Origin.STUDENT,
-    "teacher": Origin.TEACHER,
-    "gold": Origin.DATA,
-}
-
-
-def _check_taught(objective: Objective, rollout: RolloutSampler) -> None:
-    """Refuse a part that teaches nobody's tokens of these rollouts: it would change nothing, or the loss be 0."""
-    written = {_WRITES[writer] for writer in rollout.writers}
-    for name, teaches in objective.teachers.items():
-        if teaches & written:
-            continue
-        taught, found = [
-            " or ".join(sorted(o.name.lower() for o in origins)) for origins in (teaches, written)
-        ]
-        raise ConfigError(
-            f"`rollout` must have tokens that {name} teaches, written by {taught}, got tokens of {found} alone; use "
-            f"another rollout (mixture, teacher_text) or its gold or text, add {found} to the part's origins, or "
-            "leave the part out"
-        )
-
-
-def _check_weighted(objective: Objective, rollout: RolloutSampler) -> None:
-    """Refuse a score function on tokens that it takes for the student's and that both models drew together."""
-    weighted = any(getattr(part, "weighs_sampled", False) for part in objective.regularizers.values())
-    if "mixed" in rollout.writers and getattr(objective.estimator, "advantage", False) and not weighted:
-        raise ConfigError(
-            f"`regularizer` must hold importance weights for estimator {type(objective.estimator).__name__} on tokens "
-            f"drawn from both models together, got {list(objective.regularizers) or 'none'}; add "
-            "regularizer=[importance] regularizer.importance.of=sampler"
-        )
-
-
-def _check_given_ids(objective: Objective, teacher: Scoring) -> None:
-    """Refuse a support that the student chooses beside a teacher that scores only its own top ids."""
-    if objective.needs.student_top and not getattr(teacher, "scores_given_ids", True):
-        raise ConfigError(
-            f"`support` must be the teacher's own top ids for {type(teacher).__name__}, which cannot score given "
-            f"ids, got {type(objective.support).__name__}; use support=teacher, or a teacher in this process"
-        )
-
-
-def _check_hidden(objective: Objective, teacher: TeacherSource) -> None:
-    """Refuse a divergence over the whole vocabulary from a teacher that sends no hidden states."""
-    needs = objective.needs
-    read = needs.full or any(term.target == "teacher" for term in needs.collected_full)
-    if read and not getattr(teacher, "gives_hidden", True):
-        raise ConfigError(
-            f"`support` must be selected ids with a served or cached teacher ({type(teacher).__name__}), which gives "
-            f"no hidden states to compare whole vocabularies with, got {type(objective.support).__name__}; use "
-            "support=teacher or support=student, or a teacher in this process without a cache"
-        )
-
-
-def _check_changing(objective: Objective, teacher: Scoring, steps: int, rollout: RolloutSampler) -> None:
-    """Refuse a teacher that changes, or that has a prompt of its own, where another one is read."""
-    follows = isinstance(teacher, Follows) and objective.needs.full and steps > 1
-    require(
-        not follows,
-        "collector.steps_per_collection",
-        "be 1 with support=full and a teacher that follows the student, whose head would be later than its states",
-        steps,
-        "use 1, another support, or teacher=self",
-    )
-    if "mixed" in rollout.writers and getattr(teacher, "view", None) is not None:
-        raise ConfigError(
-            "`rollout` must draw from one model beside a teacher with a context of its own, got both models mixed; "
-            "use rollout=top_p, or teacher.context=null"
-        )

@@ -72,6 +72,18 @@ def check_scratch(scratch_mb: object, field: str = "student.head_scratch_mb") ->
     require(size, field, "be a number of MB above 0", scratch_mb, "use 256")
 
 
+def same_temperature(temperature: float | None, student: float, field: str) -> None:
+    """Refuse to score at another ``temperature`` than the ``student``; None is the student's."""
+    require(
+        temperature is None or temperature == student,
+        field,
+        f"equal student.scoring_temperature={student} (probabilities at two temperatures differ even "
+        "between equal models)",
+        temperature,
+        "leave it null",
+    )
+
+
 def load_scorer(
     path: str,
     field: str,
@@ -140,14 +152,7 @@ class Loading:
 
     def check_temperature(self, temperature: float | None, field: str) -> None:
         """Refuse a model that would be scored at another temperature than the student; None is the student's."""
-        require(
-            temperature is None or temperature == self.temperature,
-            field,
-            f"equal student.scoring_temperature={self.temperature} (probabilities at two temperatures differ even "
-            "between equal models)",
-            temperature,
-            "leave it null",
-        )
+        same_temperature(temperature, self.temperature, field)
 
     def frozen(self, path: str, field: str, dtype: str) -> Scorer:
         """Load the model at ``path``, frozen and in evaluation mode; ``field`` names it in errors.

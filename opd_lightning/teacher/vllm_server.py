@@ -55,6 +55,8 @@ class VllmTeacher:
 
     gives_hidden = False
     """Hidden states are not sent."""
+    scores_given_ids = False
+    """Beside the taken token it scores its own top ids alone."""
     dtype = "float32"
     """Of the log-probs that come."""
 
@@ -74,6 +76,16 @@ class VllmTeacher:
         whole = isinstance(tokens, int) and not isinstance(tokens, bool) and tokens >= 1
         require(whole, "teacher.tokens_per_request", "be at least 1", tokens, "use 8192")
 
+    def check_temperature(self, temperature: float) -> None:
+        """Refuse a temperature that the server gives no log-probs at."""
+        require(
+            temperature == 1,
+            "student.scoring_temperature",
+            "be 1 with a vLLM server, which gives log-probs at no other",
+            temperature,
+            "use 1, or teacher=served",
+        )
+
     def load(self, loading: Loading) -> VllmScorer:
         """Return the teacher, after a check that its log-probs belong to the tokens that they are asked for.
 
@@ -81,13 +93,7 @@ class VllmTeacher:
             ConfigError: another temperature than 1; the server is gone, or what it says is misaligned.
         """
         loading.check_temperature(self.scoring_temperature, "teacher.scoring_temperature")
-        require(
-            loading.temperature == 1,
-            "student.scoring_temperature",
-            "be 1 with a vLLM server, which gives log-probs at no other",
-            loading.temperature,
-            "use 1, or teacher=served",
-        )
+        self.check_temperature(loading.temperature)
         connection = Connection(
             address=self.address.rstrip("/"),
             token=read_token(self.token_env),

@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny import random_rollout, tiny_model
 
-from opd_lightning.assemble import _check_given_ids
+from opd_lightning.checks.parts import given_ids
 from opd_lightning.divergence.forward_kl import ForwardKL
 from opd_lightning.divergence.generalised_reverse_kl import GeneralisedReverseKL
 from opd_lightning.divergence.jsd import JSD
@@ -216,8 +216,8 @@ def test_a_student_s_support_with_a_teacher_that_cannot_score_given_ids():
     for support in (StudentTopK(k=4), Union(k=4)):
         chosen = objective(TOPK, support)
         parts = ("`support`", "cannot score given ids", type(support).__name__, "support=teacher")
-        refused(lambda chosen=chosen: _check_given_ids(chosen, served), *parts)
-    _check_given_ids(objective(TOPK, TeacherTopK(k=4)), served)
+        refused(lambda chosen=chosen: given_ids(chosen, served), *parts)
+    given_ids(objective(TOPK, TeacherTopK(k=4)), served)
 
 
 # numerics 10.10, 11.30
