@@ -10,10 +10,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from opd_lightning import layout
+from opd_lightning.divergence.reverse_kl import ReverseKL
 from opd_lightning.engine.transformers import TransformersEngine
 from opd_lightning.scorer import Scorer
 from opd_lightning.sharding import decoder_layers, shard, unsharded
-from opd_lightning.types import Sampling, Want
+from opd_lightning.types import FullTerm, Sampling, Want
 
 BATCH = random_experience(5)
 WANTS = {"support": Want(support="renormalised"), "exact": Want(taken=True, entropy=True)}
@@ -63,6 +64,25 @@ def test_a_sharded_student_learns_the_same(pair, want):
         torch.testing.assert_close(learn(sharded, want), learn(whole, want), atol=1e-4, rtol=1e-6)
     assert_equal_weights(sharded, whole)
     assert any((p - q).abs().max() > 1e-2 for p, q in zip(before, whole.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("hinted", [True, False])
+def test_a_head_may_be_used_twice_in_one_forward(pair, hinted):
+    """By log-probs of the taken token and by a full divergence, of which two backward passes follow."""
+    teacher = Scorer(tiny_model(2, hidden=40).requires_grad_(False))
+    tokens, term = BATCH.rollout.tokens, FullTerm("teacher", ReverseKL())
+    hidden = teacher(tokens, Want(hidden=True)).hidden
+    share = torch.linspace(0.5, 1.0, tokens.mask.numel()).view(tokens.mask.shape) * tokens.mask
+    found = []
+    for scorer in pair:
+        scorer.set_target("teacher", teacher)
+        want = Want(taken=True, entropy=True, full=frozenset({term}))
+        scores = scorer(tokens, want, None, {"teacher": hidden}, share if hinted else None)
+        (scores.full[term] * share).sum().backward(retain_graph=True)
+        (scores.taken_logp.sum() + scores.entropy.sum() + (scores.full[term] * share).sum()).backward()
+        found.append([p.grad for p in scorer.parameters()])
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine.full_tensor(), theirs, atol=1e-4, rtol=1e-4)
 
 
 def test_a_sharded_student_is_called_once_whatever_its_rows(pair, monkeypatch):

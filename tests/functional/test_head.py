@@ -189,6 +189,18 @@ def test_nothing_to_score_has_a_graph():
     assert [tuple(r.shape) for r in got] == [(0, 3), (0, 3), (0, K), (0,)]
 
 
+@pytest.mark.parametrize("n", [0, N])
+def test_no_ids_asked_have_a_graph(n):
+    hidden, head, ids = make(n, bias=True)
+    for got in (
+        support_logits(hidden, head, ids[:, :0]),
+        exact(hidden, head, ids[:, :0], entropy=False).logp,
+    ):
+        assert got.shape == (n, 0)
+        gradients = torch.autograd.grad(got.sum(), parameters(hidden, head))
+        assert [float(g.abs().sum()) for g in gradients] == [0, 0, 0]
+
+
 def test_frozen_parts_get_no_gradient():
     hidden, head, ids = make()
     got = support_logits(hidden, head.detach(), ids).sum()

@@ -39,6 +39,25 @@ def test_logits_stay_within_the_scratch(mode):
     assert largest.tiles >= 64 // rows
 
 
+@pytest.mark.parametrize("trained", [(), ("hidden",), ("weight",), ("hidden", "weight")], ids=str)
+@pytest.mark.parametrize(("mode", "logits"), [("exact", 1), ("full", 2), ("hinted", 2)])
+def test_what_is_frozen_costs_no_product(mode, logits, trained):
+    """Logits in the forward pass and again in the backward one, and one product for each gradient that is asked."""
+    hidden, head, ids = make()
+    target, frozen = hidden.detach(), head.detach()
+    hidden, head = hidden if "hidden" in trained else target, head if "weight" in trained else frozen
+    share = torch.ones(len(target), dtype=torch.float64) if mode == "hinted" else None
+    with Largest() as seen:
+        if mode == "exact":
+            value = sum(part.sum() for part in exact(hidden, head, ids, entropy=True))
+        else:
+            value = full(hidden, head, target, frozen, ReverseKL(), share=share).sum()
+        if trained:
+            value.backward()
+    passes = 2 if trained and mode != "hinted" else 1
+    assert seen.tiles == passes * logits + len(trained)
+
+
 def test_rows_of_the_head_are_not_gathered():
     hidden, head, ids = make(64)
     with Largest() as largest:
@@ -116,6 +135,28 @@ def test_under_autocast():
     assert all(g.dtype == torch.float32 and g.isfinite().all() for g in gradients)
 
 
+@pytest.mark.parametrize(("states", "rows"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_hidden_states_and_head_of_two_precisions(states, rows):
+    """As under autocast, or with adapters on a bf16 model: each input's gradient comes in its own dtype."""
+    whole, reference, ids = make()
+    hidden = whole.detach().to(getattr(torch, states)).requires_grad_()
+    head = replace(reference, weight=reference.weight.detach().to(getattr(torch, rows)).requires_grad_())
+    logits = dense(whole, reference)
+    for got, expected in (
+        (support_logits(hidden, head, ids), logits.gather(-1, ids)),
+        (exact(hidden, head, ids, entropy=False).logp, logits.log_softmax(-1).gather(-1, ids)),
+    ):
+        torch.testing.assert_close(got.double(), expected, atol=0.05, rtol=0.02)
+        found = torch.autograd.grad(got.sum(), [hidden, head.weight])
+        assert [g.dtype for g in found] == [hidden.dtype, head.weight.dtype]
+        for mine, theirs in zip(
+            found,
+            torch.autograd.grad(expected.sum(), [whole, reference.weight], retain_graph=True),
+            strict=True,
+        ):
+            torch.testing.assert_close(mine.double(), theirs, atol=0.1, rtol=0.05)
+
+
 def test_autocast_leaves_a_float64_head_alone():
     hidden, head, ids = make()
     with torch.autocast("cpu", torch.bfloat16):
@@ -145,10 +186,28 @@ def test_ids_that_a_bias_rules_out(divergence):
     same_gradients(got, expected, [hidden])
 
 
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+def test_ids_that_one_sides_bias_rules_out(divergence, side):
+    """The other's mass there counts as the plain form has it, log 0 as -1e4: large and not 1e20."""
+    pair = [make(bias=True)[:2], make(seed=5, bias=True)[:2]]
+    out = torch.zeros(VOCAB, dtype=torch.float64).index_fill(0, torch.tensor([2, 7]), -torch.inf)
+    i = ["student", "teacher"].index(side)
+    hidden, whole = pair[i]
+    pair[i] = hidden, replace(whole, bias=whole.bias + out)
+    (hidden, head), (other, other_head) = pair
+    got = full(hidden, head, other, other_head, divergence)
+    student, teacher = (dense(h, w).log_softmax(-1) for h, w in pair)
+    expected = divergence(student, teacher.detach())
+    torch.testing.assert_close(got, expected)
+    same_gradients(got, expected, [hidden, head.weight])
+
+
 @scratches
-def test_ids_that_a_bias_rules_out_of_a_softmax(scratch):
+@pytest.mark.parametrize("scale", [1.0, 1e-4])
+def test_ids_that_a_bias_rules_out_of_a_softmax(scratch, scale):
     """Half the vocabulary, so that many a tile holds none that is left; entropies and gradients are finite."""
-    hidden, whole, ids = make(bias=True)
+    hidden, whole, ids = make(bias=True, scale=scale)
     rest, ids = VOCAB // 2, ids % (VOCAB // 2)
     out = torch.zeros(VOCAB, dtype=torch.float64).index_fill(0, torch.arange(rest, VOCAB), -torch.inf)
     cut = replace(whole, weight=whole.weight[:rest], bias=whole.bias[:rest])
