@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from opd_lightning.errors import ConfigError, require
@@ -52,14 +52,36 @@ def load_model(path: str, field: str, dtype: str = "float32") -> PreTrainedModel
     return model
 
 
-def vocabulary_width(path: str, field: str) -> int:
-    """Return the width of a model's logits from its configuration alone, before its weights are loaded."""
+def load_config(path: str, field: str) -> PreTrainedConfig:
+    """Return a model's configuration; no weights are read.
+
+    Raises:
+        ConfigError: nothing that transformers can read lies there.
+    """
     _check_folder(path, field)
     try:
-        config = AutoConfig.from_pretrained(model_path(path))
+        return AutoConfig.from_pretrained(model_path(path))
     except _UNLOADABLE as error:
         raise ConfigError(_sentence(path, field, error)) from error
-    return int(config.get_text_config().vocab_size)
+
+
+def vocabulary_width(path: str, field: str) -> int:
+    """Return the width of a model's logits from its configuration alone, before its weights are loaded."""
+    return int(load_config(path, field).get_text_config().vocab_size)
+
+
+def empty_model(path: str, field: str) -> PreTrainedModel:
+    """Return the model at ``path`` without weights (on torch's meta device): shapes and names alone.
+
+    Raises:
+        ConfigError: its configuration cannot be read, or is of no causal language model.
+    """
+    config = load_config(path, field)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)  # type: ignore[no-any-return]
+    except _UNLOADABLE as error:
+        raise ConfigError(_sentence(path, field, error)) from error
 
 
 def load_tokenizer(path: str, field: str) -> PreTrainedTokenizerBase:

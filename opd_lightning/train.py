@@ -39,7 +39,16 @@ log = logging.getLogger(__name__)
 KEYS = {
     *("task", "student", "teacher", "engine", "rollout", "support", "estimator", "divergence", "reward"),
     *("regularizer", "mask", "reduction", "collector", "evaluation", "optimizer", "scheduler", "trainer"),
-    *("strategy", "logger", "callbacks", "reference", "seed", "reporting", "reporting.peak_tflops"),
+    *(
+        "strategy",
+        "logger",
+        "callbacks",
+        "reference",
+        "seed",
+        "reporting",
+        "reporting.peak_tflops",
+        "planning",
+    ),
     *("student.path", "student.dtype", "student.head_scratch_mb", "student.scoring_temperature"),
     *("student.layout", "student.compile", "student.lora"),
     *("evaluation.split", "evaluation.every_steps", "evaluation.settings", "evaluation.teacher"),

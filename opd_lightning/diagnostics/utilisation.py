@@ -53,7 +53,11 @@ class Work:
     @classmethod
     def of(cls, scorer: Scorer) -> Work:
         """Count a scorer's weights."""
-        model = scorer.model
+        return cls.of_model(scorer.model, scorer.vocab)
+
+    @classmethod
+    def of_model(cls, model: PreTrainedModel, vocab: int) -> Work:
+        """Count a model's weights, which may be without memory; ``vocab`` ids are scored."""
         ends = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
         rest = [(name, p) for name, p in model.named_parameters() if id(p) not in ends]
         used = {name: p.numel() * _share_used(name, model) for name, p in rest}
@@ -64,15 +68,15 @@ class Work:
             body=body,
             trained=trained / body if body else 0.0,
             head=head.shape[1],
-            vocab=scorer.vocab,
+            vocab=vocab,
             head_trained=head.requires_grad,
         )
 
-    def forward(self, read: int, predicted: int, rows: float) -> float:
+    def forward(self, read: float, predicted: float, rows: float) -> float:
         """Return the operations of a forward of ``read`` tokens that asks ``rows`` ids at ``predicted`` positions."""
         return 2.0 * self.body * read + 2.0 * self.head * rows * predicted
 
-    def backward(self, read: int, predicted: int, rows: float) -> float:
+    def backward(self, read: float, predicted: float, rows: float) -> float:
         """Return those of its backward: gradients of the inputs, and of the weights that are trained."""
         body, head = 2.0 * self.body * read, 2.0 * self.head * rows * predicted
         return body * (1.0 + self.trained) + head * (2.0 if self.head_trained else 1.0)
