@@ -89,6 +89,7 @@ def assemble(
     split: str = "validation",
     seed: int = 0,
     peak_tflops: float | None = None,
+    trust_remote_code: bool = False,
 ) -> Run:
     """Load the models and build both halves around them, cheap checks first.
 
@@ -96,7 +97,8 @@ def assemble(
     temperature, ``layout`` the way of the rows through the backbone, ``compiled`` whether torch.compile
     runs its layers, of every model alike. ``reference`` is loaded only if a part needs it (default: the
     starting student). ``lora`` puts adapters on the student, which are then all that is trained.
-    ``peak_tflops`` is what utilisation is a share of, None to measure it.
+    ``peak_tflops`` is what utilisation is a share of, None to measure it. ``trust_remote_code`` lets code run
+    that comes with the student's checkpoint.
 
     Raises:
         ConfigError: anything that cannot work, before a weight is read wherever possible.
@@ -108,13 +110,15 @@ def assemble(
     parts.hidden(objective, teacher)
     parts.given_ids(objective, teacher)
     parts.temperatures(teacher, temperature)
-    tokenizer, vocab = paired(student_path, teacher)
+    tokenizer, vocab = paired(student_path, teacher, trust_remote_code)
     parts.support_size(objective, vocab)
     objective = _bound(objective, tokenizer)
     training, validation = _prompts(task, tokenizer, collector, split, seed)
     adapt = None if lora is None else partial(lora.add_to, seed=seed)
     read = (vocab, head_scratch_mb, temperature, layout, compiled)
-    student = load_scorer(student_path, "student.path", student_dtype, *read, adapt).train()
+    student = load_scorer(
+        student_path, "student.path", student_dtype, *read, adapt, trust_remote_code
+    ).train()
     stops = stop_ids(student.model, tokenizer)
     known = any(stop < vocab for stop in stops)
     require(known, "teacher.path", f"know the student's stop ids {stops}", vocab, "use a wider teacher")
@@ -130,6 +134,7 @@ def assemble(
         compiled=compiled,
         max_prompt_tokens=collector.max_prompt_tokens,
         problems=training.known,
+        trusted=trust_remote_code,
     )
     frozen = teacher.load(loading)
     parts.given_ids(objective, frozen)

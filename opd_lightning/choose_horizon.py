@@ -23,8 +23,8 @@ from opd_lightning.diagnostics.horizon import DivergenceByPosition
 from opd_lightning.errors import require
 from opd_lightning.functional.divergence import reverse_kl
 from opd_lightning.layout import check_layout
-from opd_lightning.loading import FrozenScorer, Loading, check_scratch, load_scorer
-from opd_lightning.models import check_compiled, check_dtype, eager, pair_vocabulary, stop_ids
+from opd_lightning.loading import FrozenScorer, Loading, check_scratch, load_scorer, paired
+from opd_lightning.models import check_compiled, check_dtype, eager, stop_ids
 from opd_lightning.prompts import Prompts
 from opd_lightning.protocols import Engine
 from opd_lightning.schedule import within
@@ -36,7 +36,7 @@ KEYS = {
     *("task", "student", "teacher", "engine", "share", "rollouts", "split", *SAMPLING),
     *("max_prompt_tokens", "long_prompts", "batch", "seed", "accelerator"),
     *("student.path", "student.dtype", "student.head_scratch_mb", "student.scoring_temperature"),
-    *("student.layout", "student.compile", "student.lora"),
+    *("student.layout", "student.compile", "student.lora", "student.trust_remote_code"),
 }
 _TERM = FullTerm("teacher", reverse_kl)
 
@@ -92,7 +92,8 @@ def load(config: DictConfig) -> Pair:
     require(
         here, "teacher", "be in this process, to compare whole vocabularies", type(source).__name__, remedy
     )
-    tokenizer, vocab = pair_vocabulary(path, source.path)
+    trust = config.student.trust_remote_code
+    tokenizer, vocab = paired(path, source, trust)
     prompts = Prompts(
         problems=problems,
         tokenizer=tokenizer,
@@ -103,7 +104,8 @@ def load(config: DictConfig) -> Pair:
     )
     scratch, temperature = config.student.head_scratch_mb, config.student.scoring_temperature
     layout, compiled = config.student.layout, config.student.compile
-    student = load_scorer(path, "student.path", dtype, vocab, scratch, temperature, layout, compiled)
+    read = (vocab, scratch, temperature, layout, compiled)
+    student = load_scorer(path, "student.path", dtype, *read, trust=trust)
     student = student.eval().requires_grad_(False).to(config.accelerator)
     loading = Loading(
         student=student,
@@ -117,6 +119,7 @@ def load(config: DictConfig) -> Pair:
         compiled=compiled,
         max_prompt_tokens=config.max_prompt_tokens,
         problems=prompts.known,
+        trusted=trust,
     )
     teacher = source.load(loading)
     assert isinstance(teacher, FrozenScorer)

@@ -27,7 +27,7 @@ KEYS = {
     *("task", "student", "engine", "split", "problems", "temperature", "samples", "top_p", "top_k", "min_p"),
     *("max_new_tokens", "max_prompt_tokens", "long_prompts", "batch", "seed", "accelerator"),
     *("student.path", "student.dtype", "student.head_scratch_mb", "student.scoring_temperature"),
-    *("student.layout", "student.compile", "student.lora"),
+    *("student.layout", "student.compile", "student.lora", "student.trust_remote_code"),
 }
 _SHOWN = ("split", "samples", "temperature", "top_p", "top_k", "min_p", "max_new_tokens", "seed")
 
@@ -49,7 +49,8 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
         config.split,
         "give task.val_path, or split=train",
     )
-    tokenizer = load_tokenizer(config.student.path, "student.path")
+    named, trust = (config.student.path, "student.path"), config.student.trust_remote_code
+    tokenizer = load_tokenizer(*named, trust)
     prompts = Prompts(
         problems=problems,
         tokenizer=tokenizer,
@@ -58,7 +59,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
         seed=config.seed,
         group="",
     )
-    model = load_model(config.student.path, "student.path", config.student.dtype).to(config.accelerator)  # type: ignore[arg-type]
+    model = load_model(*named, config.student.dtype, trust).to(config.accelerator)  # type: ignore[arg-type]
     sampling = replace(_sampling(config), stop_ids=stop_ids(model, tokenizer))
     metrics = GroupedResponseMetrics()
     rows = range(len(prompts) if config.problems is None else min(config.problems, len(prompts)))

@@ -94,6 +94,7 @@ def load_scorer(
     layout: str,
     compiled: bool = False,
     change: Callable[[PreTrainedModel], None] | None = None,
+    trust: bool = False,
 ) -> Scorer:
     """Load the model at ``path`` behind a scorer whose head is known to be read rightly.
 
@@ -106,11 +107,12 @@ def load_scorer(
         layout: how rows go through the backbone.
         compiled: whether torch.compile runs its layers.
         change: what is done to the model first, adapters for instance.
+        trust: whether code that comes with the model may run.
 
     Raises:
         ConfigError: nothing that can be loaded lies at ``path``, or its head or the layout is not supported.
     """
-    model = load_model(path, field, dtype)
+    model = load_model(path, field, dtype, trust)
     if change is not None:
         change(model)
     check_packed(model, layout, path)
@@ -136,6 +138,7 @@ class Loading:
         compiled: whether torch.compile runs their layers.
         max_prompt_tokens: longest prompt.
         problems: those that will be trained on, where they are known beforehand.
+        trusted: whether code that comes with the student may run.
     """
 
     student: Scorer
@@ -149,20 +152,24 @@ class Loading:
     compiled: bool = False
     max_prompt_tokens: int = 512
     problems: Sequence[Problem] = ()
+    trusted: bool = False
 
     def check_temperature(self, temperature: float | None, field: str) -> None:
         """Refuse a model that would be scored at another temperature than the student; None is the student's."""
         same_temperature(temperature, self.temperature, field)
 
-    def frozen(self, path: str, field: str, dtype: str) -> Scorer:
+    def frozen(self, path: str, field: str, dtype: str, trust: bool | None = None) -> Scorer:
         """Load the model at ``path``, frozen and in evaluation mode; ``field`` names it in errors.
+
+        ``trust`` is whether code that comes with it may run; None for the student's own answer, for its own path
+        alone.
 
         Raises:
             ConfigError: nothing that can be loaded lies at ``path``, or its head is not supported.
         """
-        scorer = load_scorer(
-            path, field, dtype, self.vocab, self.scratch_mb, self.temperature, self.layout, self.compiled
-        )
+        read = (self.vocab, self.scratch_mb, self.temperature, self.layout, self.compiled)
+        trusted = (self.trusted and path == self.student_path) if trust is None else trust
+        scorer = load_scorer(path, field, dtype, *read, trust=trusted)
         return scorer.eval().requires_grad_(False)
 
 
@@ -194,16 +201,27 @@ class SharesVocabulary(Protocol):
         ...
 
 
-def paired(student_path: str, teacher: TeacherSource) -> tuple[PreTrainedTokenizerBase, int]:
+def paired(
+    student_path: str, teacher: TeacherSource, trust: bool = False
+) -> tuple[PreTrainedTokenizerBase, int]:
     """Return the student's tokenizer, and how many ids student and teacher share; no weights are read.
+
+    ``trust``: whether code that comes with the student may run; a teacher has its own ``trust_remote_code``.
 
     Raises:
         ConfigError: a folder is no model, or the tokenizers differ.
     """
     if not isinstance(teacher, SharesVocabulary):
-        return pair_vocabulary(student_path, teacher.path)
-    tokenizer = load_tokenizer(student_path, "student.path")
-    return tokenizer, teacher.shared_vocabulary(tokenizer, vocabulary_width(student_path, "student.path"))
+        trusts = trust, trusted(teacher, trust and teacher.path == student_path)
+        return pair_vocabulary(student_path, teacher.path, trusts)
+    tokenizer = load_tokenizer(student_path, "student.path", trust)
+    width = vocabulary_width(student_path, "student.path", trust)
+    return tokenizer, teacher.shared_vocabulary(tokenizer, width)
+
+
+def trusted(teacher: TeacherSource, student: bool) -> bool:
+    """Return whether code that comes with a teacher may run; ``student`` for one that has no setting of its own."""
+    return bool(getattr(teacher, "trust_remote_code", student))
 
 
 @runtime_checkable

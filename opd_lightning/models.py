@@ -10,11 +10,19 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from opd_lightning.errors import ConfigError, require
 from opd_lightning.paths import model_path
+from opd_lightning.weights import check_weights
 
 PROBES = (
     "Let x = 12.5; then 3*x - 7 = 30.5.",
@@ -25,20 +33,25 @@ PROBES = (
 # What transformers raises for a path, a file or a library that is not what it should be.
 _UNLOADABLE = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 
+_NO_WRITER = ("ForMaskedLM", "Classification", "ForQuestionAnswering", "ForPreTraining", "ForMultipleChoice")
+"""Architectures that see what comes after a token, or have another head. Some of them load all the same."""
 
-def load_model(path: str, field: str, dtype: str = "float32") -> PreTrainedModel:
+
+def load_model(path: str, field: str, dtype: str = "float32", trust: bool = False) -> PreTrainedModel:
     """Load a causal language model in ``dtype`` from a folder, a hub name or ``builtin:task/role``.
 
-    Safetensors only, and no code of the checkpoint's own is run.
+    Safetensors only. Code that comes with the checkpoint is run where ``trust`` says so, and nowhere else.
 
     Raises:
-        ConfigError: nothing that transformers can load lies there, or weights are missing.
+        ConfigError: nothing that transformers can load lies there, weights are missing, or it brings code.
     """
-    _check_folder(path, field)
+    load_config(path, field, trust)
     check_dtype(dtype, field.replace("path", "dtype"))
+    check_weights(Path(model_path(path)), path, field)
+    settings: dict[str, Any] = {"dtype": getattr(torch, dtype), "trust_remote_code": trust}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            model_path(path), dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True
+            model_path(path), **settings, use_safetensors=True, output_loading_info=True
         )
     except _UNLOADABLE as error:
         raise ConfigError(_sentence(path, field, error)) from error
@@ -52,22 +65,32 @@ def load_model(path: str, field: str, dtype: str = "float32") -> PreTrainedModel
     return model
 
 
-def load_config(path: str, field: str) -> PreTrainedConfig:
+def load_config(path: str, field: str, trust: bool = False) -> PreTrainedConfig:
     """Return a model's configuration; no weights are read.
 
     Raises:
-        ConfigError: nothing that transformers can read lies there.
+        ConfigError: there is none, it is of no causal language model, or it brings code and no trust.
     """
     _check_folder(path, field)
+    remedy = "use false, unless you have read the code and trust it"
+    setting = field.removesuffix("path") + "trust_remote_code"
+    require(isinstance(trust, bool), setting, "be true or false", trust, remedy)
     try:
-        return AutoConfig.from_pretrained(model_path(path))
+        config = AutoConfig.from_pretrained(model_path(path), trust_remote_code=trust)
     except _UNLOADABLE as error:
         raise ConfigError(_sentence(path, field, error)) from error
+    kinds = config.architectures or []
+    if config.is_encoder_decoder or any(other in kind for kind in kinds for other in _NO_WRITER):
+        raise ConfigError(
+            f"`{field}` must be a causal language model, got {path!r}, a {', '.join(kinds) or config.model_type}; "
+            "choose a decoder, such as Qwen/Qwen3-0.6B"
+        )
+    return config
 
 
-def vocabulary_width(path: str, field: str) -> int:
+def vocabulary_width(path: str, field: str, trust: bool = False) -> int:
     """Return the width of a model's logits from its configuration alone, before its weights are loaded."""
-    return int(load_config(path, field).get_text_config().vocab_size)
+    return int(load_config(path, field, trust).get_text_config().vocab_size)
 
 
 def empty_model(path: str, field: str) -> PreTrainedModel:
@@ -84,15 +107,15 @@ def empty_model(path: str, field: str) -> PreTrainedModel:
         raise ConfigError(_sentence(path, field, error)) from error
 
 
-def load_tokenizer(path: str, field: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str, field: str, trust: bool = False) -> PreTrainedTokenizerBase:
     """Load the tokenizer that lies with a model.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or it brings code and no trust.
     """
     _check_folder(path, field)
     try:
-        return AutoTokenizer.from_pretrained(model_path(path))
+        return AutoTokenizer.from_pretrained(model_path(path), trust_remote_code=trust)
     except _UNLOADABLE as error:
         raise ConfigError(_sentence(path, field, error, "tokenizer")) from error
 
@@ -119,6 +142,12 @@ def _check_folder(path: str, field: str) -> None:
 
 
 def _sentence(path: str, field: str, error: Exception, what: str = "causal language model") -> str:
+    if "trust_remote_code" in str(error):
+        owner = field.removesuffix("path")
+        return (
+            f"`{field}` must name a {what} without code of its own, got {path!r}, which brings some; read its .py "
+            f"files and set {owner}trust_remote_code=true, or choose a model that transformers knows"
+        )
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return (
         f"`{field}` must name a {what} that transformers can load, got {path!r}; give a folder with config.json and "
@@ -171,7 +200,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Return every id that ends a response: the generation config's, else the tokenizer's."""
-    configured = model.generation_config.eos_token_id if model.generation_config else None
+    return configured_stops(model.generation_config, tokenizer)
+
+
+def configured_stops(
+    generation: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase
+) -> tuple[int, ...]:
+    """Return every id that ends a response: the generation config's, and the tokenizer's."""
+    configured = generation.eos_token_id if generation else None
     ids = [configured] if isinstance(configured, int) else list(configured or [])
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ids:
         ids.append(tokenizer.eos_token_id)
@@ -226,12 +262,17 @@ def shared_vocabulary(
     return min(widths)
 
 
-def pair_vocabulary(student_path: str, teacher_path: str) -> tuple[PreTrainedTokenizerBase, int]:
+def pair_vocabulary(
+    student_path: str, teacher_path: str, trust: tuple[bool, bool] = (False, False)
+) -> tuple[PreTrainedTokenizerBase, int]:
     """Return the student's tokenizer, and how many ids student and teacher share.
+
+    ``trust``: whether code that comes with the student and with the teacher may run.
 
     Raises:
         ConfigError: a folder is no model, or the tokenizers differ.
     """
-    tokenizer = load_tokenizer(student_path, "student.path")
-    widths = vocabulary_width(student_path, "student.path"), vocabulary_width(teacher_path, "teacher.path")
-    return tokenizer, shared_vocabulary(tokenizer, load_tokenizer(teacher_path, "teacher.path"), widths)
+    named = [(student_path, "student.path", trust[0]), (teacher_path, "teacher.path", trust[1])]
+    own, other = (load_tokenizer(*name) for name in named)
+    widths = vocabulary_width(*named[0]), vocabulary_width(*named[1])
+    return own, shared_vocabulary(own, other, widths)

@@ -93,9 +93,10 @@ def load(config: DictConfig) -> Bench:
     require(tau is None, "teacher.scoring_temperature", "be null in a server", tau, remedy)
     require(source.cache is None, "teacher.cache", "be null in a server", source.cache, "set it in the run")
     check_dtype(source.dtype, "teacher.dtype")
-    tokenizer = load_tokenizer(source.path, "teacher.path")
-    width, scratch = vocabulary_width(source.path, "teacher.path"), config.head_scratch_mb
-    scorer = load_scorer(source.path, "teacher.path", source.dtype, width, scratch, 1.0, config.layout)
+    named, trust = (source.path, "teacher.path"), source.trust_remote_code
+    tokenizer = load_tokenizer(*named, trust)
+    width, scratch = vocabulary_width(*named, trust), config.head_scratch_mb
+    scorer = load_scorer(*named, source.dtype, width, scratch, 1.0, config.layout, trust=trust)
     model = scorer.eval().requires_grad_(False).to(config.accelerator).model
     trained = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     info = ServerInfo(

@@ -50,7 +50,7 @@ KEYS = {
         "planning",
     ),
     *("student.path", "student.dtype", "student.head_scratch_mb", "student.scoring_temperature"),
-    *("student.layout", "student.compile", "student.lora"),
+    *("student.layout", "student.compile", "student.lora", "student.trust_remote_code"),
     *("evaluation.split", "evaluation.every_steps", "evaluation.settings", "evaluation.teacher"),
     *(f"collector.{field.name}" for field in fields(CollectorSettings)),
 }
@@ -100,6 +100,7 @@ def run_from(config: DictConfig) -> Run:
         split=config.evaluation.split,
         seed=config.seed,
         peak_tflops=config.reporting.peak_tflops,
+        trust_remote_code=config.student.trust_remote_code,
     )
 
 

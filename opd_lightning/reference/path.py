@@ -16,10 +16,12 @@ class Path:
     Args:
         path: folder or hub name.
         dtype: torch dtype of the weights.
+        trust_remote_code: whether Python code that comes with the checkpoint may run.
     """
 
     path: str | None
     dtype: str
+    trust_remote_code: bool = False
 
     def load(self, loading: Loading) -> FrozenScorer:
         """Load the model, frozen and in evaluation mode.
@@ -31,8 +33,9 @@ class Path:
         field = "reference.path"
         require(self.path is not None, field, "name a model", self.path, "add reference.path=…")
         assert self.path is not None
-        widths = (loading.vocab, vocabulary_width(self.path, field))
-        shared = shared_vocabulary(loading.tokenizer, load_tokenizer(self.path, field), widths, field)
+        widths = (loading.vocab, vocabulary_width(self.path, field, self.trust_remote_code))
+        tokenizer = load_tokenizer(self.path, field, self.trust_remote_code)
+        shared = shared_vocabulary(loading.tokenizer, tokenizer, widths, field)
         require(
             shared == loading.vocab,
             field,
@@ -40,4 +43,4 @@ class Path:
             shared,
             "choose a reference of the teacher's width",
         )
-        return FrozenScorer(loading.frozen(self.path, field, self.dtype))
+        return FrozenScorer(loading.frozen(self.path, field, self.dtype, self.trust_remote_code))

@@ -21,12 +21,14 @@ class LocalTeacher:
         dtype: torch dtype of the weights; reductions are in float32 whatever it is.
         scoring_temperature: None for the student's, which is the only one that is accepted.
         cache: folder of a cache of its scores; see :class:`~opd_lightning.teacher.cached.CachedScorer`.
+        trust_remote_code: whether Python code that comes with the checkpoint may run.
     """
 
     path: str
     dtype: str
     scoring_temperature: float | None = None
     cache: str | None = None
+    trust_remote_code: bool = False
 
     @property
     def gives_hidden(self) -> bool:
@@ -41,7 +43,7 @@ class LocalTeacher:
                 ``path``, or its head is not supported.
         """
         loading.check_temperature(self.scoring_temperature, "teacher.scoring_temperature")
-        scorer = FrozenScorer(loading.frozen(self.path, "teacher.path", self.dtype))
+        scorer = FrozenScorer(loading.frozen(self.path, "teacher.path", self.dtype, self.trust_remote_code))
         if self.cache is None:
             return scorer
         return cached(scorer, self.cache, weights_digest(scorer.scorer.model), loading)
