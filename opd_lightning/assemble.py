@@ -14,7 +14,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from opd_lightning.checks import parts
 from opd_lightning.clock import PhaseClock
-from opd_lightning.collector import Collector, check_sizes
+from opd_lightning.collector import Collector
 from opd_lightning.data import Evaluation, OnPolicyData
 from opd_lightning.diagnostics.utilisation import Meter
 from opd_lightning.errors import require
@@ -34,6 +34,7 @@ from opd_lightning.prompts import Prompts
 from opd_lightning.protocols import Engine, Follows, RolloutSampler, Scoring, Task
 from opd_lightning.reference.initial import Initial
 from opd_lightning.scorer import Scorer
+from opd_lightning.sizes import check_sizes
 from opd_lightning.types import Problem
 from opd_lightning.writing import writers_for
 

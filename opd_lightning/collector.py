@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -11,19 +10,20 @@ from functools import partial
 import torch
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from opd_lightning.ahead import Ahead, Order, Sent, Told
 from opd_lightning.buffer import micro_batch_count, micro_batches
 from opd_lightning.clock import PhaseClock
 from opd_lightning.diagnostics.collection import CollectionReport, describe
 from opd_lightning.diagnostics.utilisation import Meter
-from opd_lightning.errors import ConfigError, require
+from opd_lightning.errors import require
 from opd_lightning.grades import grade, respond_and_grade
 from opd_lightning.models import eager
 from opd_lightning.objective import Objective
 from opd_lightning.prompts import Prompts
-from opd_lightning.protocols import Engine, KeepsCopy, RolloutSampler, Scoring, Task, Writer
-from opd_lightning.schedule import value_at
+from opd_lightning.protocols import DrawsApart, Engine, KeepsCopy, RolloutSampler, Scoring, Task, Writer
 from opd_lightning.scorer import Scorer
 from opd_lightning.scoring import ScoringPass
+from opd_lightning.sizes import check_sizes, longest_row
 from opd_lightning.types import (
     Experience,
     Generation,
@@ -36,51 +36,6 @@ from opd_lightning.types import (
 )
 from opd_lightning.world import World
 from opd_lightning.writing import counted, writers_for
-
-
-def check_sizes(
-    prompts_per_collection: int,
-    steps_per_collection: int,
-    score_rows: int,
-    probe_rows: int,
-    score_tokens: int | None = None,
-) -> None:
-    """Raise ConfigError unless the sizes of a collection fit together; needs no model."""
-    least = {
-        "steps_per_collection": (steps_per_collection, 1, "use 1 to train on each response once"),
-        "score_rows": (score_rows, 1, "use 32"),
-        "probe_rows": (probe_rows, 0, "use 0 for no probe"),
-        "prompts_per_collection": (prompts_per_collection, 1, f"use {steps_per_collection}"),
-    }
-    if score_tokens is not None:
-        least["score_tokens"] = (score_tokens, 1, "use null for score_rows responses each")
-    for name, (value, low, remedy) in least.items():
-        whole = isinstance(value, int) and value >= low
-        require(whole, f"collector.{name}", f"be a whole number of at least {low}", value, remedy)
-    per_step, rest = divmod(prompts_per_collection, steps_per_collection)
-    require(
-        rest == 0,
-        "collector.prompts_per_collection",
-        f"be a multiple of collector.steps_per_collection={steps_per_collection}",
-        prompts_per_collection,
-        f"use {(per_step + 1) * steps_per_collection}, since each optimizer step takes as many prompts",
-    )
-
-
-def longest_row(rollout: RolloutSampler, max_prompt_tokens: int) -> int:
-    """Return the most tokens of a prompt with its response over a whole run.
-
-    Raises:
-        ConfigError: a rollout that does not say how long its responses may become.
-    """
-    longest = getattr(rollout, "max_new_tokens", None)
-    if longest is None:
-        raise ConfigError(
-            f"`collector.micro_batch_tokens` must be null with a rollout that has no max_new_tokens, got "
-            f"{type(rollout).__name__}; set trainer.accumulate_grad_batches"
-        )
-    # A schedule is monotone: it is longest at one of its ends.
-    return max_prompt_tokens + math.ceil(max(value_at(longest, end) for end in (0.0, 1.0)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +60,7 @@ class Collector:
         clock: what takes how long, in this process.
         meter: counts the arithmetic of generation, where it follows the models; None for no counts.
         probe_rows: responses of a collection that the student scores exactly for the diagnostics.
+        ahead: the next collection's responses, where ``engine.ahead`` has them written before their time.
 
     Raises:
         ConfigError: prompts that cannot be divided evenly over steps and ranks; a budget that is too small.
@@ -127,6 +83,7 @@ class Collector:
     micro_batch_tokens: int | None = None
     clock: PhaseClock = field(default_factory=PhaseClock)
     meter: Meter | None = None
+    ahead: Ahead = field(default_factory=Ahead, compare=False)
 
     def __post_init__(self) -> None:
         sizes = (self.prompts_per_collection, self.steps_per_collection, self.score_rows, self.probe_rows)
@@ -159,7 +116,14 @@ class Collector:
         return micro_batch_count(prompts * self.rollout.samples, longest, self.micro_batch_tokens)
 
     def collect(
-        self, student: Scorer, collection: int, progress: float, version: int, accumulate: int, world: World
+        self,
+        student: Scorer,
+        collection: int,
+        progress: float,
+        version: int,
+        accumulate: int,
+        world: World,
+        upcoming: float | None = None,
     ) -> tuple[list[list[Experience]], CollectionReport]:
         """Return ``steps_per_collection`` optimizer steps of ``accumulate`` micro-batches each.
 
@@ -170,10 +134,16 @@ class Collector:
             version: optimizer steps behind the student's weights.
             accumulate: micro-batches of one optimizer step.
             world: this process among all.
+            upcoming: the progress of the next collection, None where none follows.
         """
         with torch.no_grad():
-            with self.drawing(student, version):
-                rollout = replace(self._roll_out(student, collection, progress, world), version=version)
+            rollout = self._taken(student, collection)
+            if rollout is None:
+                order = Order(collection=collection, progress=progress, version=version)
+                rollout = self._roll_out(student, order, world)
+            if upcoming is not None and self.runs_ahead:
+                order = Order(collection=collection + 1, progress=upcoming, version=version)
+                self._write_ahead(student, order, world)
             graded = self._graded(rollout)
             with self.clock.during("score"):
                 experience = replace(
@@ -183,6 +153,8 @@ class Collector:
                 )
                 self.clock.tokens["score"] += int(rollout.mask.sum())
             report = describe(graded, experience, self._probe(student, experience))
+            if self.runs_ahead:
+                report.sums["rollout/versions_behind"] = float(version - rollout.version), 1.0
             steps = [
                 micro_batches(self.objective.finish(part, world), accumulate)
                 for part in self._steps(experience)
@@ -197,13 +169,23 @@ class Collector:
         if not isinstance(self.engine, KeepsCopy):
             yield
             return
+        if self.ahead.unfinished:  # it is written by the weights that the engine has now
+            with self.clock.during("generate"):
+                self.ahead.wait()
         self.engine.bind(student.model, version)
         try:
             yield
         finally:
             self.engine.rest()
 
-    def _roll_out(self, student: Scorer, collection: int, progress: float, world: World) -> Rollout:
+    def _roll_out(self, student: Scorer, order: Order, world: World) -> Rollout:
+        """Return the responses of a collection, written now."""
+        with self.drawing(student, order.version):
+            prompts = self._prompts(order.collection, world).to(student.device)
+            with self.clock.during("generate"), eager(student.model):
+                return self._write(self.engine, student, prompts, order, partial(self._written, student))
+
+    def _prompts(self, collection: int, world: World) -> PromptBatch:
         per_step = self.prompts_per_collection // self.steps_per_collection
         start = collection * self.prompts_per_collection
         # Step by step, every world.size-th prompt: the same prompts meet in a step whatever the world.
@@ -212,15 +194,17 @@ class Collector:
             for step in range(self.steps_per_collection)
             for j in range(world.rank, per_step, world.size)
         ]
-        device = student.device
-        prompts = self.prompts.stream(positions).to(device)
-        with self.clock.during("generate"), eager(student.model):
-            writers = writers_for(
-                self.engine, student, self.teacher, self.tokenizer, self.stop_ids, self.rollout.writers
-            )
-            writers = counted(writers, partial(self._written, student))
-            rollout = self.rollout(prompts, writers, progress, self.objective.needs.student_top)
-        return rollout
+        return self.prompts.stream(positions)
+
+    def _write(
+        self, engine: Engine, student: Scorer, prompts: PromptBatch, order: Order, tell: Told
+    ) -> Rollout:
+        writers = writers_for(
+            engine, student, self.teacher, self.tokenizer, self.stop_ids, self.rollout.writers
+        )
+        top = self.objective.needs.student_top
+        rollout = self.rollout(prompts, counted(writers, tell), order.progress, top)
+        return replace(rollout, version=order.version)
 
     def _written(self, student: Scorer, writer: Writer, prompts: PromptBatch, drawn: Generation) -> None:
         """Count what was generated. A teacher's prompts count as the student's, where they are longer too."""
@@ -230,6 +214,36 @@ class Collector:
         for model in models.get(writer, ()):
             if self.meter is not None:
                 self.meter.generated(model, prompts, drawn.mask.sum(-1))
+
+    # -- running ahead
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether each collection is written when the one before begins to be trained on."""
+        return bool(getattr(self.engine, "ahead", 0))
+
+    def _write_ahead(self, student: Scorer, order: Order, world: World) -> None:
+        """Have the weights as they are write a collection's responses: beside training, where the engine can."""
+        # What a teacher or the data writes is written in this process.
+        if not (isinstance(self.engine, DrawsApart) and self.rollout.writers == {"student"}):
+            self.ahead.restore(order.collection, self._roll_out(student, order, world))
+            return
+        prompts = self._prompts(order.collection, world).to(student.device)
+        with self.clock.during("generate"):
+            self.engine.bind(student.model, order.version)
+            self.engine.follow(student.model, prompts)
+        sent = Sent(self.engine)
+        self.ahead.write(order.collection, lambda tell: self._write(sent, student, prompts, order, tell))
+
+    def _taken(self, student: Scorer, collection: int) -> Rollout | None:
+        """Return what was written of this collection before, None without; waiting for it counts as generation."""
+        if not self.runs_ahead:
+            return None
+        with self.clock.during("generate"):
+            written = self.ahead.take(collection)
+            for drawn in () if written is None else written.untold:
+                self._written(student, *drawn)
+        return None if written is None else written.rollout
 
     # -- scoring and cutting
 

@@ -235,6 +235,7 @@ class ExperienceLoader:
         data, trainer = self.data, self.data.trainer
         assert trainer is not None
         student = data.student
+        following = (collection + 1) * data.collector.steps_per_collection
         training = student.training
         student.eval()
         try:
@@ -246,6 +247,7 @@ class ExperienceLoader:
                     version=done,
                     accumulate=trainer.accumulate_grad_batches,
                     world=data.world,
+                    upcoming=following / trainer.max_steps if following < trainer.max_steps else None,
                 )
         finally:
             student.train(training)

@@ -72,6 +72,19 @@ class KeepsCopy(Protocol):
 
 
 @runtime_checkable
+class DrawsApart(KeepsCopy, Protocol):
+    """An engine whose copy draws outside of this process, so that it can while the student trains."""
+
+    def follow(self, model: PreTrainedModel, prompts: PromptBatch) -> None:
+        """Send the weights as they are now, where the copy has others. ``prompts`` are among those to come."""
+        ...
+
+    def draw(self, model: PreTrainedModel, prompts: PromptBatch, sampling: Sampling) -> Generation:
+        """Draw with the weights that were sent last; of ``model`` nothing is read that training changes."""
+        ...
+
+
+@runtime_checkable
 class RolloutSampler(Protocol):
     """Decides how responses come about: sampling settings, lengths, who writes which token."""
 

@@ -13,7 +13,6 @@ from test_trainer import Toy, Watch
 from tiny import random_experience
 
 from opd_lightning.buffer import micro_batch_count, micro_batches
-from opd_lightning.collector import longest_row
 from opd_lightning.data import OnPolicyData
 from opd_lightning.errors import ConfigError
 from opd_lightning.layout import Rows
@@ -21,6 +20,7 @@ from opd_lightning.objective import Objective
 from opd_lightning.reduction.token_mean import TokenMean
 from opd_lightning.schedule import Linear
 from opd_lightning.scoring import _fitting
+from opd_lightning.sizes import longest_row
 from opd_lightning.support.teacher import TeacherTopK
 from opd_lightning.types import Experience
 from opd_lightning.world import World

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Protocol
 
 from opd_lightning.buffer import micro_batch_count
-from opd_lightning.collector import longest_row
 from opd_lightning.errors import ConfigError, require
 from opd_lightning.layout import check_layout
 from opd_lightning.loading import TeacherSource, check_scratch, same_temperature
@@ -13,6 +12,7 @@ from opd_lightning.models import check_compiled, check_dtype
 from opd_lightning.objective import Objective
 from opd_lightning.protocols import Follows, RolloutSampler, Scoring
 from opd_lightning.schedule import within
+from opd_lightning.sizes import longest_row
 from opd_lightning.types import Origin
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from opd_lightning.engine import loops
+from opd_lightning.engine.bounds import check_ahead
 from opd_lightning.engine.decoder import Decoder, read
 from opd_lightning.engine.drawn import Record, join
 from opd_lightning.engine.mixed import Library, decode_mixed
@@ -30,16 +31,19 @@ class TransformersEngine:
     ``batch_size`` is the most rows decoded together. ``method``: ``"loop"`` is the fast decoder for
     Llama, Mistral, Qwen2 and Qwen3, which refuses other models; ``"generate"`` is the library's own
     ``model.generate``, for every model; ``"auto"`` is the first where it can be. Greedy, they give the
-    same tokens; sampled too, but for a draw within rounding of the border between two tokens.
+    same tokens; sampled too, but for a draw within rounding of the border between two tokens. ``ahead``:
+    collections that are written before they are needed, by the weights of that time.
     """
 
     batch_size: int = 128
     method: str = "auto"
+    ahead: int = 0
 
     def __post_init__(self) -> None:
         """Raise ConfigError for a field out of range."""
         require(self.batch_size >= 1, "engine.batch_size", "be at least 1", self.batch_size, "raise it")
         require(self.method in _METHODS, "engine.method", f"be one of {_METHODS}", self.method, "use auto")
+        check_ahead(self.ahead)
 
     @torch.no_grad()
     def generate(self, model: PreTrainedModel, prompts: PromptBatch, sampling: Sampling) -> Generation:

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from opd_lightning.engine.asking import as_generation, check_asked, check_length, rankable
+from opd_lightning.engine.bounds import check_ahead
 from opd_lightning.engine.canary import Canary, strayed, tolerance_of, unlike
 from opd_lightning.engine.copies import config_of, state_of, weights_of
 from opd_lightning.engine.drawn import Record
@@ -52,6 +53,7 @@ class VllmEngine:
         sleep: give back the GPU's memory between generations; unused on a CPU.
         check_every: sendings from one comparison to the next; 0 for the first alone.
         tolerance: largest difference of a log-prob in nats; None for 1e-3 in float32 and 0.3 in a half type.
+        ahead: collections that are written before they are needed, by the weights of that time.
 
     Raises:
         ConfigError: vLLM is not installed, or a number is out of its range.
@@ -66,6 +68,7 @@ class VllmEngine:
     sleep: bool = True
     check_every: int = 16
     tolerance: float | None = None
+    ahead: int = 0
     _held: _Held = field(default_factory=_Held, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -83,6 +86,7 @@ class VllmEngine:
             require(whole, f"engine.{name}", f"be a whole number of at least {low}", value, "raise it")
         positive = self.tolerance is None or self.tolerance > 0
         require(positive, "engine.tolerance", "be above 0", self.tolerance, "use null")
+        check_ahead(self.ahead)
         check_installed()
 
     def bind(self, model: PreTrainedModel, version: int) -> None:

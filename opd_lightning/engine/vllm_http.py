@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError, URLError
@@ -114,8 +114,9 @@ class Server:
             )
             return _drawn(choice, sampling.top_ids)
 
-        with ThreadPoolExecutor(self.in_flight) as threads:
-            return list(threads.map(one, rows, seeds))
+        # Its threads end with the process: neither an error nor a stop waits for the answers that are left.
+        with ThreadPool(self.in_flight) as threads:
+            return list(threads.imap(lambda asked: one(*asked), zip(rows, seeds, strict=True)))
 
 
 def check_url(url: object) -> None:

@@ -15,6 +15,7 @@ from torch import distributed as dist
 from transformers import PreTrainedModel
 
 from opd_lightning.engine.asking import as_generation, check_asked, check_length, rankable
+from opd_lightning.engine.bounds import check_ahead
 from opd_lightning.engine.canary import Canary, strayed, tolerance_of
 from opd_lightning.engine.copies import config_of, state_of, weights_of
 from opd_lightning.engine.drawn import Record
@@ -63,6 +64,8 @@ class VllmServerEngine:
         retries: of a request without an answer.
         check_every: sendings from one comparison to the next; 0 for the first alone.
         tolerance: largest difference of a log-prob in nats; None for 1e-3 in float32 and 0.3 in a half type.
+        ahead: collections that are written before they are needed, by the weights of that time: while the
+            student trains on the one before.
 
     Raises:
         ConfigError: a setting out of its range.
@@ -76,6 +79,7 @@ class VllmServerEngine:
     retries: int = 4
     check_every: int = 16
     tolerance: float | None = None
+    ahead: int = 0
     _held: _Held = field(default_factory=_Held, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -93,6 +97,7 @@ class VllmServerEngine:
         require(self.timeout_s > 0, "engine.timeout_s", "be above 0", self.timeout_s, "use 600")
         positive = self.tolerance is None or self.tolerance > 0
         require(positive, "engine.tolerance", "be above 0", self.tolerance, "use null")
+        check_ahead(self.ahead)
 
     def bind(self, model: PreTrainedModel, version: int) -> None:
         """Draw for ``model``, whose weights have ``version`` optimizer steps behind them from now on."""
@@ -118,10 +123,21 @@ class VllmServerEngine:
         if model is not held.model:
             return TransformersEngine().generate(model, prompts, sampling)
         check_asked(prompts, sampling)
+        if len(prompts) == 0:
+            return Record(0, sampling, prompts.ids.device).generation()
+        self.follow(model, prompts)
+        return self.draw(model, prompts, sampling)
+
+    def follow(self, model: PreTrainedModel, prompts: PromptBatch) -> None:
+        """Send the weights as they are now, unless the server has them; a part of ``prompts`` may be drawn for."""
         with torch.inference_mode(False), torch.no_grad(), evaluating(model):
-            if len(prompts) == 0:
-                return Record(0, sampling, prompts.ids.device).generation()
             self._follow(model, prompts)
+
+    def draw(self, model: PreTrainedModel, prompts: PromptBatch, sampling: Sampling) -> Generation:
+        """Draw as :meth:`generate`, with the weights that were sent last: ``model`` may be trained meanwhile."""
+        held = self._held
+        check_asked(prompts, sampling)
+        with torch.inference_mode(False), torch.no_grad():
             rows = [ids[mask].tolist() for ids, mask in zip(prompts.ids, prompts.mask, strict=True)]
             check_length(rows, sampling, held.longest)
             asked = rankable(sampling)

@@ -22,10 +22,11 @@ class Importance:
     """Scales the weight of sampled tokens by min(exp(clamp(l - l_mu, +-20)), cap), held fixed.
 
     l_mu is the log-prob under the truncated sampler that drew the token, l that of the untruncated student:
-    as it was at collection (``of=sampler``: what top-p and the engine did) or as it is now (``of=policy``: also
-    stale weights). Corrects a token given its prefix, not which prefixes are met. ``cap`` bounds the
-    variance, at 2 in SDPO (arXiv 2601.20802). Outside ``band`` = [low, high] the weight is 0, before the cap
-    (MOPD, arXiv 2601.02780). Comes before the parts that add a term, which it then leaves alone.
+    as it was when it scored them (``of=sampler``: what top-p, the engine and generation ahead did) or as it is
+    now (``of=policy``: also the optimizer steps since). Corrects a token given its prefix, not which prefixes
+    are met. ``cap`` bounds the variance, at 2 in SDPO (arXiv 2601.20802). Outside ``band`` = [low, high] the
+    weight is 0, before the cap (MOPD, arXiv 2601.02780). Comes before the parts that add a term, which it then
+    leaves alone.
 
     Raises:
         ConfigError: an unknown ``of``, a cap that is not positive, no band with 0 <= low <= high at all times.

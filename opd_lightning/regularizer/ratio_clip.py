@@ -19,7 +19,9 @@ class RatioClip:
     """Puts -min(u A, clip(u, 1 - clip_low, 1 + clip_high) A) in the place of -A log S(y) on sampled tokens.
 
     PPO (arXiv 1707.06347) with u = S(y) / S_collected(y) and the estimator's advantage A; for several
-    optimizer steps on one collection. With ``dual`` = c also at most -c A where A < 0 (arXiv 1912.09729).
+    optimizer steps on one collection. S_collected is the student that scored it, whoever wrote it: beside
+    ``engine.ahead=1``, ``importance`` holds the rest of S(y) over the sampler. With ``dual`` = c also at most
+    -c A where A < 0 (arXiv 1912.09729).
     Weights and terms that other regularizers brought stay what they are, in whatever order.
 
     Raises:

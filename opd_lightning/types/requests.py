@@ -66,8 +66,10 @@ class Needs:
     ids of that model. ``teaches``: whose tokens the part puts into the loss. ``advantage``: an estimator
     that has advantages (a score-function one).
 
-    Of the student as it was at collection: ``collected_logp`` of the taken token, untruncated;
-    ``collected_entropy``, nats; ``collected_full``, divergences over the whole vocabulary. Of the
+    Of the student as it was when the responses were scored, just before their first optimizer step:
+    ``collected_logp`` of the taken token, untruncated; ``collected_entropy``, nats; ``collected_full``,
+    divergences over the whole vocabulary. With ``engine.ahead=1`` older weights wrote the responses, and
+    ``behavior_logp`` stays theirs, so that ``collected_logp - behavior_logp`` holds the staleness too. Of the
     frozen reference: ``reference_taken``, ``reference_support`` log-probs, ``reference_hidden`` states.
     """
 
