@@ -4,7 +4,8 @@ import copy
 import importlib.util
 import json
 import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from opd_lightning.engine.vllm_server import VllmServerEngine
 from opd_lightning.errors import ConfigError
 from opd_lightning.lora import Lora
 from opd_lightning.paths import CONF_DIR
-from opd_lightning.protocols import KeepsCopy
+from opd_lightning.protocols import DrawsApart, KeepsCopy
 from opd_lightning.types import Sampling
 
 from .conftest import build, ragged
@@ -57,6 +58,7 @@ def test_its_settings_compose_and_are_the_classes_own(command, monkeypatch):
         ("max_model_len", 3),
         ("tolerance", 0),
         ("dtype", "int8"),
+        ("ahead", 2),
     ],
 )
 def test_a_bad_number_comes_before_the_missing_package(field, value):
@@ -72,12 +74,20 @@ def test_the_servers_settings_compose(command):
     assert settings.pop("_target_") == "opd_lightning.engine.vllm_server.VllmServerEngine"
     engine = VllmServerEngine(**settings)
     assert isinstance(engine, KeepsCopy)
+    assert isinstance(engine, DrawsApart)
     assert engine == VllmServerEngine(url=engine.url, folder=engine.folder)
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("url", "127.0.0.1:8000"), ("in_flight", 0), ("timeout_s", 0), ("head_dim", 1), ("folder", "")],
+    [
+        ("url", "127.0.0.1:8000"),
+        ("in_flight", 0),
+        ("timeout_s", 0),
+        ("head_dim", 1),
+        ("folder", ""),
+        ("ahead", 2),
+    ],
 )
 def test_a_bad_setting_of_a_server_is_refused(field, value):
     settings = {"url": "http://127.0.0.1:9", "folder": "served"} | {field: value}
@@ -123,6 +133,36 @@ def test_a_refused_request_is_not_repeated_and_an_unanswered_one_is():
             server.longest()
         standing.shutdown()
     assert asked == ["/v1/models"] * 3
+
+
+def test_an_error_waits_for_no_other_answer():
+    """One of three requests is refused, the others are never answered: a stop must not hang on them."""
+    asked, end = [], threading.Event()
+
+    class Silent(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            asked.append(body["token_ids"])
+            if body["token_ids"] != [1]:
+                end.wait(60)
+            self.send_response(404)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Silent) as standing:
+        standing.daemon_threads = True
+        threading.Thread(target=standing.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{standing.server_port}"
+        server = Server(url=url, timeout_s=60, retries=0, in_flight=3)
+        begun = time.perf_counter()
+        with pytest.raises(ConfigError, match=f"{url}.*404"):
+            server.draw([[1], [2], [3]], [0, 0, 0], Sampling(max_new_tokens=1), width=8, version="a")
+        assert time.perf_counter() - begun < 30
+        end.set()
+        standing.shutdown()
+    assert [1] in asked
 
 
 def test_a_tied_weight_is_sent_under_both_names(make):
