@@ -48,8 +48,9 @@ class Experience(TensorValue):
     log-probs are finite and meaningless. For the full support ``teacher_hidden`` replaces ids.
     ``progress`` is the run's when the responses were collected: the clock that schedules read.
     ``collected_*`` are the untruncated student's when the responses were scored, nats: after ``engine.ahead``
-    later weights than those that wrote them. ``reward`` is the task's grade, nan without one. ``extras`` holds what parts prepared for themselves over the whole optimizer step
-    (draws of gates, thresholds, statistics), by name.
+    later weights than those that wrote them. ``reward`` is the task's grade, nan without one. ``extras``
+    holds what parts prepared for themselves over the whole optimizer step (draws of gates, thresholds,
+    statistics), by name.
     """
 
     rollout: Rollout
