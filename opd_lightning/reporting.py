@@ -5,23 +5,93 @@ from __future__ import annotations
 import logging
 import resource
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from omegaconf import DictConfig
+from torch.optim import Optimizer
 
 from opd_lightning.assemble import Run
 from opd_lightning.callbacks.history import EvaluationHistory
-from opd_lightning.commands import plain
+from opd_lightning.commands import build, plain
 from opd_lightning.diagnostics.responses import ResponseMetrics
+from opd_lightning.diagnostics.utilisation import measured_peak
+from opd_lightning.errors import ConfigError
 from opd_lightning.loading import FrozenScorer
-from opd_lightning.protocols import Follows
+from opd_lightning.lora import Lora
+from opd_lightning.objective import Objective
+from opd_lightning.planning.cost import cost
+from opd_lightning.planning.memory import memory
+from opd_lightning.planning.report import short
+from opd_lightning.planning.run import PlannedRun
+from opd_lightning.planning.settings import Assumptions, planned_run
+from opd_lightning.protocols import Follows, RolloutSampler
 
 log = logging.getLogger(__name__)
 
 
-def plan(config: DictConfig, run: Run, folder: Path, micro_batches: int) -> str:
+def assumptions(config: DictConfig) -> Assumptions:
+    """Return what an estimate of this configuration assumes."""
+    assumed = build(config.planning)
+    assert isinstance(assumed, Assumptions)
+    return assumed
+
+
+_READ = ("student", "teacher", "reference", "engine", "strategy", "trainer", "collector", "evaluation")
+"""Groups that an estimate reads."""
+
+
+def planned(
+    config: DictConfig,
+    objective: Objective,
+    rollout: RolloutSampler,
+    optimizer: Callable[..., Optimizer],
+    lora: Lora | None,
+    prompt_tokens: int | None = None,
+    processes: int | None = None,
+) -> PlannedRun:
+    """Return the numbers that an estimate follows from; see :mod:`opd_lightning.planning`.
+
+    ``prompt_tokens`` and ``processes`` stand in for what the configuration says, where they are known.
+    """
+    assumed = assumptions(config)
+    if assumed.prompt_tokens is None and prompt_tokens is not None:
+        assumed = replace(assumed, prompt_tokens=prompt_tokens)
+    values = {name: plain(config[name]) if config[name] is not None else {} for name in _READ}
+    return planned_run(values, objective, rollout, optimizer, assumed, lora=lora, processes=processes)
+
+
+def peak_of(config: DictConfig) -> float:
+    """Return the TFLOP/s of a process's device, as assumed; a CPU's is measured where nothing is said."""
+    assumed = assumptions(config)
+    if config.trainer.accelerator != "cpu":
+        return float(config.reporting.peak_tflops or assumed.gpu_tflops)
+    known = config.reporting.peak_tflops or assumed.cpu_tflops
+    return float(known or measured_peak(torch.device("cpu"), torch.float32))
+
+
+def _cost(config: DictConfig, run: Run, processes: int) -> str:
+    """Return memory and tokens of a run that is about to begin, in one line: an estimate."""
+    lora = None if config.student.lora is None else build(config.student.lora)
+    parts = (run.module.objective, run.data.collector.rollout, run.module.make_optimizer, lora)
+    try:
+        longest = int(run.data.collector.prompts.stream(range(_PROMPTS)).mask.sum(-1).max())
+        found = planned(config, *parts, prompt_tokens=longest, processes=processes)
+        return short(memory(found), cost(found, 1.0, assumptions(config).utilisation))
+    except (ConfigError, AttributeError, KeyError, TypeError) as error:
+        log.debug("no estimate: %s", error)  # of a part of somebody's own, whose shape is not known
+        return "not known for these parts"
+
+
+_PROMPTS = 32
+"""Prompts whose lengths stand for all, at a run's start."""
+
+
+def plan(config: DictConfig, run: Run, folder: Path, micro_batches: int, processes: int = 1) -> str:
     """Return what the run will do, in a few lines."""
     millions = sum(p.numel() for p in run.module.student.parameters()) / 1e6
     collector, rollout, trainer = config.collector, config.rollout, config.trainer
@@ -36,6 +106,7 @@ def plan(config: DictConfig, run: Run, folder: Path, micro_batches: int) -> str:
             f"objective {names}",
             f"plan      {trainer.max_steps} optimizer steps{cut}, {collector.steps_per_collection} on each "
             f"collection of {responses} responses of at most {_number(rollout.max_new_tokens)} tokens",
+            f"cost      {_cost(config, run, processes)}",
             f"folder    {folder}  (tensorboard --logdir {folder})",
         ]
     )

@@ -206,7 +206,7 @@ def train(config: DictConfig, folder: Path, overrides: list[str]) -> dict[str, A
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(config, folder / "config.yaml", resolve=True)
         count = run.data.collector.micro_batches(trainer.world_size) or trainer.accumulate_grad_batches
-        print(plan(config, run, folder, count), flush=True)
+        print(plan(config, run, folder, count, trainer.world_size), flush=True)
     if run.data.validation is not None:
         trainer.validate(run.module, datamodule=run.data, verbose=False)
     log_settings(trainer, config, overrides, history.at.get(0, {}))

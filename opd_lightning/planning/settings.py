@@ -28,7 +28,8 @@ class Assumptions:
     Args:
         prompt_tokens: of a prompt; None for ``collector.max_prompt_tokens``, the bound.
         response_share: mean response over the longest.
-        peak_tflops: of one device; None to measure it here, by a matrix product.
+        cpu_tflops: of one process on CPUs; None to measure it here, by a matrix product.
+        gpu_tflops: of one GPU.
         utilisation: share of the peak by phase: generate, score, train, evaluate.
         gpus_per_node: processes of a node, where ``trainer.devices`` does not say how many.
         runtime_mb: what libraries and the device's context take.
@@ -39,7 +40,8 @@ class Assumptions:
 
     prompt_tokens: int | None
     response_share: float
-    peak_tflops: float | None
+    cpu_tflops: float | None
+    gpu_tflops: float
     utilisation: Mapping[str, float]
     gpus_per_node: int
     runtime_mb: float
@@ -52,8 +54,10 @@ class Assumptions:
         )
         share = within(self.response_share, 1e-6, 1)
         require(share, "planning.response_share", "be in (0, 1]", self.response_share, "use 1")
-        peak = self.peak_tflops is None or within(self.peak_tflops, 1e-6, 1e9)
-        require(peak, "planning.peak_tflops", "be above 0, or null", self.peak_tflops, "use null")
+        peak = self.cpu_tflops is None or within(self.cpu_tflops, 1e-6, 1e9)
+        require(peak, "planning.cpu_tflops", "be above 0, or null", self.cpu_tflops, "use null")
+        peak = within(self.gpu_tflops, 1e-6, 1e9)
+        require(peak, "planning.gpu_tflops", "be above 0", self.gpu_tflops, "use the data sheet's number")
         for phase in ("generate", "score", "train", "evaluate"):
             value = dict(self.utilisation).get(phase)
             require(

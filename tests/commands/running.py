@@ -19,11 +19,12 @@ from typing import Any
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
-from opd_lightning import choose_horizon, evaluate, serve_teacher, toy_gamma, train
+from opd_lightning import choose_horizon, evaluate, plan, serve_teacher, toy_gamma, train
 
 MAINS = {
     "train": train.main,
     "evaluate": evaluate.main,
+    "plan": plan.main,
     "toy_gamma": toy_gamma.main,
     "choose_horizon": choose_horizon.main,
     "serve_teacher": serve_teacher.main,

@@ -236,7 +236,8 @@ def assumed(**changes) -> Assumptions:
     plain = {
         "prompt_tokens": None,
         "response_share": 1.0,
-        "peak_tflops": 1.0,
+        "cpu_tflops": None,
+        "gpu_tflops": 1.0,
         "utilisation": dict.fromkeys(("generate", "score", "train", "evaluate"), 0.3),
         "gpus_per_node": 8,
         "runtime_mb": 0,
@@ -340,7 +341,7 @@ def test_a_model_that_cannot_be_read_is_a_sentence(tmp_path):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("response_share", 0.0), ("peak_tflops", -1.0), ("utilisation", {"train": 0.5}), ("prompt_tokens", 0)],
+    [("response_share", 0.0), ("gpu_tflops", -1.0), ("utilisation", {"train": 0.5}), ("prompt_tokens", 0)],
 )
 def test_an_assumption_out_of_range_is_refused(field, value):
     with pytest.raises(ConfigError, match=f"`planning.{field}"):
