@@ -93,16 +93,16 @@ def vocabulary_width(path: str, field: str, trust: bool = False) -> int:
     return int(load_config(path, field, trust).get_text_config().vocab_size)
 
 
-def empty_model(path: str, field: str) -> PreTrainedModel:
+def empty_model(path: str, field: str, trust: bool = False) -> PreTrainedModel:
     """Return the model at ``path`` without weights (on torch's meta device): shapes and names alone.
 
     Raises:
         ConfigError: its configuration cannot be read, or is of no causal language model.
     """
-    config = load_config(path, field)
+    config = load_config(path, field, trust)
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)  # type: ignore[no-any-return]
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust)  # type: ignore[no-any-return]
     except _UNLOADABLE as error:
         raise ConfigError(_sentence(path, field, error)) from error
 

@@ -103,7 +103,7 @@ def planned_run(
         ConfigError: a model's configuration cannot be read, or prompts that do not divide over the processes.
     """
     student, trainer, collector = values["student"], values["trainer"], values["collector"]
-    shape = ModelShape.at(student["path"], "student.path", lora)
+    shape = ModelShape.at(student["path"], "student.path", lora, _trusts(student))
     size, engine, needs = world(values, assumed), values["engine"], objective.needs
     longest, mean = lengths(rollout, assumed)
     evaluation = values["evaluation"]
@@ -220,7 +220,7 @@ def _frozen(values: Values, student: ModelShape, objective: Objective) -> Iterat
         return
     reference, dtype = values.get("reference") or {}, values["student"]["dtype"]
     path = reference.get("path")
-    shape = student if path is None else ModelShape.at(path, "reference.path")
+    shape = student if path is None else ModelShape.at(path, "reference.path", trust=_trusts(reference))
     alone = "adapter" not in str(reference.get("_target_", ""))
     width = _width(reference.get("dtype") or dtype, "reference.dtype")
     yield Frozen(role="reference", shape=shape, width=width, copy=alone, host=_waits(reference))
@@ -239,7 +239,7 @@ def _teachers(teacher: Any, field: str, dtype: str, student: ModelShape) -> Iter
         yield from _teachers(teacher.get("default"), "teacher.default", dtype, student)
     elif teacher.get("path"):
         live = teacher.get("weights") == "live"
-        shape = student if live else ModelShape.at(teacher["path"], field)
+        shape = student if live else ModelShape.at(teacher["path"], field, trust=_trusts(teacher))
         bits = {"8bit": 1.06, "int8": 1.06, "4bit": 0.56, "nf4": 0.56}.get(
             str(teacher.get("quantise")).lower()
         )
@@ -254,6 +254,10 @@ def _teachers(teacher: Any, field: str, dtype: str, student: ModelShape) -> Iter
 
 def _waits(model: Values) -> bool:
     return bool(model.get("offload")) and str(model.get("offload")).lower() not in ("none", "false")
+
+
+def _trusts(model: Values) -> bool:
+    return bool(model.get("trust_remote_code", False))
 
 
 def _width(dtype: str, field: str) -> float:

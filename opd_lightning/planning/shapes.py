@@ -51,13 +51,13 @@ class ModelShape:
     work: Work
 
     @classmethod
-    def at(cls, path: str, field: str, lora: Lora | None = None) -> ModelShape:
+    def at(cls, path: str, field: str, lora: Lora | None = None, trust: bool = False) -> ModelShape:
         """Return the shape of the model at ``path``; ``field`` names it in errors.
 
         Raises:
             ConfigError: no configuration of a causal language model can be read there.
         """
-        model = empty_model(path, field)
+        model = empty_model(path, field, trust)
         if lora is not None:
             with torch.device("meta"):
                 lora.add_to(model, 0)
