@@ -174,6 +174,8 @@ def test_a_recurrence_is_not_packed():
         check_packed(model, layout, "some/model")
     with pytest.raises(ConfigError, match=r"student\.layout.*some/model.*use auto"):
         check_packed(model, "packed", "some/model")
+    model.config._attn_implementation_internal = "flash_attention_2"
+    assert choose("auto", model) == "buckets"
 
 
 def test_a_sliding_window_is_packed_rightly():

@@ -17,7 +17,7 @@ from dense_head import (
 
 from opd_lightning.divergence.reverse_kl import ReverseKL
 from opd_lightning.functional.divergence import reverse_kl
-from opd_lightning.functional.head import Head, exact, full, gathered_torch, support_logits, top
+from opd_lightning.functional.head import Head, exact, full, gathered_torch, support_logits, tiles, top
 
 
 @pytest.mark.parametrize("mode", ["exact", "top", "full"])
@@ -37,6 +37,45 @@ def test_logits_stay_within_the_scratch(mode):
             torch.autograd.grad(result, [hidden, head.weight])
     assert largest.numel <= max(64 * HIDDEN, scratch // 8) < 64 * VOCAB * (3 if mode == "full" else 1)
     assert largest.tiles >= 64 // rows
+
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("device", "n", "vocab", "scratch", "expected"),
+    [
+        # What a core keeps in its cache, 2^20 logits, by at most 512 rows; less where the scratch is smaller.
+        ("cpu", 4096, 151_936, 256 * MIB, (512, 2048)),
+        ("cpu", 3, 151_936, 256 * MIB, (3, 151_936)),
+        ("cpu", 4096, 151_936, 1 * MIB, (512, 256)),
+        # All the scratch, by at most 2^14 rows; slices begin at multiples of 128.
+        ("cuda", 40_000, 151_936, 256 * MIB, (16_384, 2048)),
+        ("cuda", 10_000, 151_936, 256 * MIB, (10_000, 3328)),
+        ("cuda", 10_000, 151_936, 1 * MIB, (10_000, 13)),
+    ],
+)
+def test_tiles_of_known_sizes(device, n, vocab, scratch, expected):
+    """Two buffers of float32."""
+    given = {"scratch": scratch, "buffers": 2, "dtype": torch.float32}
+    grid = tiles.tiling(n, vocab, device=torch.device(device), **given)
+    assert (grid.rows, grid.columns) == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "vocab", "scratch", "rows"),
+    [
+        ("cpu", 151_936, 256 * MIB, 220),  # 2^28 / (8 * 151,936)
+        ("cpu", 151_936, 1024 * MIB, 256),  # more rows would be no faster
+        ("cpu", 448, 256 * MIB, 2340),  # 2^20 / 448
+        ("cuda", 151_936, 1024 * MIB, 883),
+        ("cuda", 448, 256 * MIB, 4096),  # all that there are
+        ("cpu", 151_936, 1, 1),
+    ],
+)
+def test_whole_rows_of_known_numbers(device, vocab, scratch, rows):
+    given = {"scratch": scratch, "buffers": 2, "dtype": torch.float32}
+    assert tiles.whole_rows(4096, vocab, device=torch.device(device), **given).rows == rows
 
 
 @pytest.mark.parametrize("trained", [(), ("hidden",), ("weight",), ("hidden", "weight")], ids=str)
