@@ -159,6 +159,9 @@ def test_auto_is_buckets_but_for_flash_attention_without_a_recurrence():
     assert [choose(name, model) for name in layouts.LAYOUTS] == ["buckets", "padded", "buckets", "packed"]
     model.config._attn_implementation_internal = "flash_attention_2"
     assert choose("auto", model) == "packed"
+    model._is_stateful = True  # said by the class, where a configuration does not name its layers
+    assert choose("auto", model) == "buckets"
+    model._is_stateful = False
     model.config.layer_types = ["full_attention", "linear_attention"]
     assert choose("auto", model) == "buckets"
 
@@ -174,8 +177,19 @@ def test_a_recurrence_is_not_packed():
         check_packed(model, layout, "some/model")
     with pytest.raises(ConfigError, match=r"student\.layout.*some/model.*use auto"):
         check_packed(model, "packed", "some/model")
-    model.config._attn_implementation_internal = "flash_attention_2"
-    assert choose("auto", model) == "buckets"
+
+
+def test_a_backbone_that_takes_no_position_ids_is_not_packed():
+    model = tiny_model()
+
+    def refuse(module, args, kwargs) -> None:
+        if "position_ids" in kwargs:
+            raise TypeError("forward() got an unexpected keyword argument 'position_ids'")
+
+    model.base_model.register_forward_pre_hook(refuse, with_kwargs=True)
+    check_packed(model, "auto", "some/model")
+    with pytest.raises(ConfigError, match=r"student\.layout.*some/model.*use auto"):
+        check_packed(model, "packed", "some/model")
 
 
 def test_a_sliding_window_is_packed_rightly():
