@@ -21,10 +21,12 @@ from opd_lightning.errors import require
 from opd_lightning.loading import (
     FrozenScorer,
     Loading,
+    ReadsProblems,
     Reference,
     TeacherSource,
     load_scorer,
     paired,
+    scorers_of,
 )
 from opd_lightning.lora import Lora
 from opd_lightning.models import stop_ids
@@ -37,6 +39,9 @@ from opd_lightning.scorer import Scorer
 from opd_lightning.sizes import check_sizes
 from opd_lightning.types import Problem
 from opd_lightning.writing import writers_for
+
+_SOME = 256
+"""Problems of a split that is made on the way that a teacher looks at before models are loaded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +120,8 @@ def assemble(
     parts.support_size(objective, vocab)
     objective = _bound(objective, tokenizer)
     training, validation = _prompts(task, tokenizer, collector, split, seed)
+    if isinstance(teacher, ReadsProblems):
+        teacher.check_problems(training.known or training.problems[:_SOME])
     adapt = None if lora is None else partial(lora.add_to, seed=seed)
     read = (vocab, head_scratch_mb, temperature, layout, compiled)
     student = load_scorer(
@@ -200,7 +207,7 @@ def _prompts(
 def _metered(clock: PhaseClock, student: Scorer, *frozen: Scoring | None) -> Meter:
     """Return what charges the clock with the arithmetic of all models in this process."""
     meter = Meter(clock.charge)
-    for scorer in (student, *(model.scorer for model in frozen if isinstance(model, FrozenScorer))):
+    for scorer in (student, *(scorer for model in frozen for scorer in scorers_of(model))):
         meter.attach(scorer)
     return meter
 

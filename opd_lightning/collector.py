@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
+from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from opd_lightning.ahead import Ahead, Order, Sent, Told
@@ -20,7 +21,16 @@ from opd_lightning.grades import grade, respond_and_grade
 from opd_lightning.models import eager
 from opd_lightning.objective import Objective
 from opd_lightning.prompts import Prompts
-from opd_lightning.protocols import DrawsApart, Engine, KeepsCopy, RolloutSampler, Scoring, Task, Writer
+from opd_lightning.protocols import (
+    DrawsApart,
+    Engine,
+    KeepsCopy,
+    RolloutSampler,
+    Routes,
+    Scoring,
+    Task,
+    Writer,
+)
 from opd_lightning.scorer import Scorer
 from opd_lightning.scoring import ScoringPass
 from opd_lightning.sizes import check_sizes, longest_row
@@ -152,7 +162,7 @@ class Collector:
                     reward=graded.correct.to(rollout.ids.device),
                 )
                 self.clock.tokens["score"] += int(rollout.mask.sum())
-            report = describe(graded, experience, self._probe(student, experience))
+            report = describe(graded, experience, self._probe(student, experience), self._taught(rollout))
             if self.runs_ahead:
                 report.sums["rollout/versions_behind"] = float(version - rollout.version), 1.0
             steps = [
@@ -262,6 +272,13 @@ class Collector:
         return [experience.rows(slice(i * rows, (i + 1) * rows)) for i in range(self.steps_per_collection)]
 
     # -- looking
+
+    def _taught(self, rollout: Rollout) -> dict[str, Tensor]:
+        """Return which rows are whose, where there are several teachers."""
+        if not isinstance(self.teacher, Routes):
+            return {}
+        places = self.teacher.route(rollout.prompt)
+        return {name: places == place for place, name in enumerate(self.teacher.names)}
 
     def _probe(self, student: Scorer, experience: Experience) -> tuple[Experience, Scores] | None:
         """Score a few rows exactly with the student, for what a loss on few tokens cannot see."""

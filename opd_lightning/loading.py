@@ -19,7 +19,7 @@ from opd_lightning.models import (
     evaluating,
     load_model,
     load_tokenizer,
-    pair_vocabulary,
+    shared_vocabulary,
     vocabulary_width,
 )
 from opd_lightning.protocols import Scoring
@@ -201,6 +201,15 @@ class SharesVocabulary(Protocol):
         ...
 
 
+@runtime_checkable
+class ReadsProblems(Protocol):
+    """A teacher that not every problem suits."""
+
+    def check_problems(self, problems: Sequence[Problem]) -> None:
+        """Refuse problems that will be trained on, some of them where they are made on the way."""
+        ...
+
+
 def paired(
     student_path: str, teacher: TeacherSource, trust: bool = False
 ) -> tuple[PreTrainedTokenizerBase, int]:
@@ -211,17 +220,32 @@ def paired(
     Raises:
         ConfigError: a folder is no model, or the tokenizers differ.
     """
-    if not isinstance(teacher, SharesVocabulary):
-        trusts = trust, trusted(teacher, trust and teacher.path == student_path)
-        return pair_vocabulary(student_path, teacher.path, trusts)
     tokenizer = load_tokenizer(student_path, "student.path", trust)
     width = vocabulary_width(student_path, "student.path", trust)
-    return tokenizer, teacher.shared_vocabulary(tokenizer, width)
+    return tokenizer, shared_width(tokenizer, width, teacher, trust and teacher.path == student_path)
 
 
-def trusted(teacher: TeacherSource, student: bool) -> bool:
-    """Return whether code that comes with a teacher may run; ``student`` for one that has no setting of its own."""
-    return bool(getattr(teacher, "trust_remote_code", student))
+def shared_width(
+    tokenizer: PreTrainedTokenizerBase, width: int, teacher: TeacherSource, trust: bool = False
+) -> int:
+    """Return how many ids a teacher shares with a student of this tokenizer and width of logits.
+
+    ``trust``: whether code that comes with a teacher may run that has no ``trust_remote_code`` of its own.
+
+    Raises:
+        ConfigError: its folder is no model, or the tokenizers differ.
+    """
+    if isinstance(teacher, SharesVocabulary):
+        return teacher.shared_vocabulary(tokenizer, width)
+    named = teacher.path, "teacher.path", bool(getattr(teacher, "trust_remote_code", trust))
+    return shared_vocabulary(tokenizer, load_tokenizer(*named), (width, vocabulary_width(*named)))
+
+
+def scorers_of(model: Scoring | None) -> tuple[Scorer, ...]:
+    """Return the models in this process that a teacher or reference scores with, none of one elsewhere."""
+    if isinstance(model, FrozenScorer):
+        return (model.scorer,)
+    return tuple(getattr(model, "scorers", ()))
 
 
 @runtime_checkable

@@ -260,19 +260,3 @@ def shared_vocabulary(
                 f"({len(cut[0])} and {len(cut[1])} tokens); choose a model of the same family"
             )
     return min(widths)
-
-
-def pair_vocabulary(
-    student_path: str, teacher_path: str, trust: tuple[bool, bool] = (False, False)
-) -> tuple[PreTrainedTokenizerBase, int]:
-    """Return the student's tokenizer, and how many ids student and teacher share.
-
-    ``trust``: whether code that comes with the student and with the teacher may run.
-
-    Raises:
-        ConfigError: a folder is no model, or the tokenizers differ.
-    """
-    named = [(student_path, "student.path", trust[0]), (teacher_path, "teacher.path", trust[1])]
-    own, other = (load_tokenizer(*name) for name in named)
-    widths = vocabulary_width(*named[0]), vocabulary_width(*named[1])
-    return own, shared_vocabulary(own, other, widths)

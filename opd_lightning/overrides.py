@@ -22,10 +22,11 @@ _PACKAGED = re.compile(r"/(\w+)@_global_\.(\w+)")
 
 @contextlib.contextmanager
 def dictionaries_replace() -> Iterator[None]:
-    """Have Hydra put ``key={_target_: ..., ...}`` in the place of what the key held.
+    """Have Hydra put ``key={_target_: ..., ...}`` in the place of what the key held, and any ``key={...}`` of nothing.
 
-    Hydra merges the two, so that one schedule over another would keep the keys of both. It has no setting
-    for this, and a command line rewritten as a deletion and an addition would be recorded as such.
+    Hydra merges the two, so that one schedule over another would keep the keys of both, and refuses to put the
+    first names into an empty dictionary. It has no setting for this, and a command line rewritten as a deletion
+    and an addition would be recorded as such.
     """
     name = "_apply_overrides_to_config"
     merge = getattr(ConfigLoaderImpl, name)
@@ -45,13 +46,19 @@ def dictionaries_replace() -> Iterator[None]:
 
 
 def _replaces(override: Override, config: DictConfig) -> bool:
-    """Return whether an override names a class for a key that is there; Hydra says what is wrong with others."""
+    """Return whether an override gives a class to a key that is there, or names to one that has none.
+
+    Hydra says what is wrong with others.
+    """
     holder, _, name = override.key_or_group.rpartition(".")
     if override.package is not None or not holder or override.is_delete() or override.is_add():
         return False
     value = override.value()
     node = OmegaConf.select(config, holder)
-    return isinstance(value, dict) and "_target_" in value and isinstance(node, DictConfig) and name in node
+    if not (isinstance(value, dict) and isinstance(node, DictConfig) and name in node):
+        return False
+    held = node._get_node(name)
+    return "_target_" in value or (isinstance(held, DictConfig) and len(held) == 0)
 
 
 def explain(error: Exception, config_name: str, arguments: Sequence[str]) -> str | None:
@@ -91,11 +98,25 @@ def unknown_key(key: str, config_name: str) -> str:
     holders = _holders(config_name)
     if chosen := holders.get(key):
         return f"`{key}` must belong to a chosen part, got one that is not chosen; add {' or '.join(sorted(chosen))}"
+    if _of_users(key):
+        return f"`{key}` must be set with a plus, as a name of your own, got {key}=…; write +{key}=…"
     leaf = key.rpartition(".")[-1]
     meant = [name for name in holders if name.rpartition(".")[-1] == leaf]
     meant = meant or difflib.get_close_matches(key, holders, n=3)
     guess = f"use {' or '.join(meant)}" if meant else "remove it"
     return f"`{key}` must be a key of the configuration, got an unknown one; {guess} (`--cfg job` prints them all)"
+
+
+def _of_users(key: str) -> bool:
+    """Return whether a key lies in a dictionary that comes empty, for names of the user's own."""
+    group, *names = key.split(".")
+    for file in (CONF_DIR / group).glob("*.yaml"):
+        node = yaml.safe_load(file.read_text())
+        for name in names[:-1]:
+            node = node.get(name) if isinstance(node, Mapping) else None
+            if node == {}:
+                return True
+    return False
 
 
 def _unknown_option(group: str, option: str) -> str:

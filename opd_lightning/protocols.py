@@ -255,6 +255,24 @@ class Follows(Protocol):
 
 
 @runtime_checkable
+class Routes(Protocol):
+    """A teacher that is several, one for each row."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The teachers' names, the same on every process."""
+        ...
+
+    def route(self, prompts: PromptBatch) -> Int[Tensor, " batch"]:
+        """Return the place in ``names`` of each row's teacher."""
+        ...
+
+    def routed(self, prompts: PromptBatch) -> Scoring:
+        """Return what scores responses to these prompts, in this order."""
+        ...
+
+
+@runtime_checkable
 class Reduction(Protocol):
     """Turns the tokens in the loss into each token's share of it.
 

@@ -113,8 +113,9 @@ def plan(config: DictConfig, run: Run, folder: Path, micro_batches: int, process
 
 
 def _where(config: DictConfig) -> str:
-    """Return the teacher's path, or the address of one elsewhere."""
-    return str(config.teacher.get("path") or config.teacher.get("address"))
+    """Return the teacher's path, the address of one elsewhere, or the column that names a row's."""
+    teacher = config.teacher
+    return str(teacher.get("path") or teacher.get("address") or f"by {teacher.get('column')}")
 
 
 def _teacher(run: Run) -> str:
@@ -185,7 +186,7 @@ def teacher_accuracy(run: Run) -> float | None:
     if data.validation is None:
         return None
     if not isinstance(run.teacher, FrozenScorer):
-        log.info("teacher_accuracy is left out: the teacher is served or cached and writes nothing")
+        log.info("teacher_accuracy is left out: the teacher is served, cached or several")
         return None
     if run.teacher.view is not None:
         log.info("teacher_accuracy is left out: without its context the teacher is a student")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from opd_lightning.errors import ConfigError, require
 from opd_lightning.objective import Objective
-from opd_lightning.protocols import Scoring
+from opd_lightning.protocols import Routes, Scoring
 from opd_lightning.scorer import Scorer
 from opd_lightning.types import (
     Candidates,
@@ -30,7 +30,8 @@ class ScoringPass:
     """Has every model say what the objective needs of it, some responses in one forward.
 
     Args:
-        teacher: scores the tokens; where it has a method ``view``, under a prompt of its own.
+        teacher: scores the tokens; where it has a method ``view``, under a prompt of its own, and where it is
+            several (:class:`~opd_lightning.protocols.Routes`), each row by its own.
         reference: the frozen starting student; None where no part needs one.
         objective: what the parts need.
         rows: responses in one forward.
@@ -78,7 +79,8 @@ class ScoringPass:
             top=needs.teacher_top,
             hidden=needs.full or teacher_full,
         )
-        taught = self.teacher(teacher_tokens(self.teacher, rollout), want, given)
+        teacher = self.teacher.routed(rollout.prompt) if isinstance(self.teacher, Routes) else self.teacher
+        taught = teacher(teacher_tokens(teacher, rollout), want, given)
         candidates = Candidates(taken=rollout.ids, teacher_top=taught.top_ids, student_top=student_top)
         support: dict[str, Tensor] = {}
         if needs.support and not needs.full:

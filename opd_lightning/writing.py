@@ -32,7 +32,7 @@ def writers_for(
     local = getattr(teacher, "scorer", None)
     if wanted & {"teacher", "mixed"} and not isinstance(local, Scorer):
         raise ConfigError(
-            f"`rollout` must have a teacher in this process to write tokens, got {type(teacher).__name__}; "
+            f"`rollout` must have one teacher in this process to write tokens, got {type(teacher).__name__}; "
             "use teacher=builtin with teacher.path=…, or rollout=top_p"
         )
     if "mixed" in wanted and not hasattr(engine, "generate_mixed"):

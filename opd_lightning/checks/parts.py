@@ -134,8 +134,8 @@ def hidden(objective: Objective, teacher: TeacherSource) -> None:
     read = needs.full or any(term.target == "teacher" for term in needs.collected_full)
     if read and not getattr(teacher, "gives_hidden", True):
         raise ConfigError(
-            f"`support` must be selected ids with a served or cached teacher ({type(teacher).__name__}), which gives "
-            f"no hidden states to compare whole vocabularies with, got {type(objective.support).__name__}; use "
+            f"`support` must be selected ids with a served, cached or routed teacher ({type(teacher).__name__}), which "
+            f"gives no hidden states to compare whole vocabularies with, got {type(objective.support).__name__}; use "
             "support=teacher or support=student, or a teacher in this process without a cache"
         )
 

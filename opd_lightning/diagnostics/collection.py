@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -31,7 +31,10 @@ class CollectionReport:
 
 
 def describe(
-    graded: Graded, experience: Experience, probe: tuple[Experience, Scores] | None
+    graded: Graded,
+    experience: Experience,
+    probe: tuple[Experience, Scores] | None,
+    taught: Mapping[str, Bool[Tensor, " batch"]] | None = None,
 ) -> CollectionReport:
     """Return the report of a collection.
 
@@ -39,6 +42,10 @@ def describe(
     gold solutions and teacher text beside them would hide what the student does. ``student/*``, the
     log-ratio ``log T - log S`` of the taken token (``teacher/log_ratio``, nats), and the masses of the
     support come from the probed rows, since a loss on few tokens computes no normaliser.
+
+    ``taught`` marks each teacher's rows, by name, where there are several. Of each, ``teacher/<name>/share`` is
+    its share of the student's responses, ``accuracy`` theirs, and ``logp``, ``entropy`` and ``log_ratio`` are as
+    those of all. They are there for a teacher without a row too, since every rank must sum the same table.
     """
     rollout = experience.rollout
     mask = _written_by_student(rollout)
@@ -59,7 +66,33 @@ def describe(
         sums["teacher/logp"] = _over(experience.teacher_taken_logp[mask])
     if probe is not None:
         sums |= _probed(*probe)
+    for name, rows in (taught or {}).items():
+        share = {"share": (float((own & rows).sum()), float(own.sum()))}
+        found = share | _of_teacher(rows, graded, experience, probe)
+        sums |= {f"teacher/{name}/{quantity}": value for quantity, value in found.items()}
     return CollectionReport(graded, sums)
+
+
+def _of_teacher(
+    rows: Bool[Tensor, " batch"],
+    graded: Graded,
+    experience: Experience,
+    probe: tuple[Experience, Scores] | None,
+) -> dict[str, tuple[float, float]]:
+    """Return the sums over one teacher's rows."""
+    mask = _written_by_student(experience.rollout) & rows.unsqueeze(-1)
+    correct = graded.rows(mask.any(-1).nonzero().flatten().tolist()).correct
+    sums = {"accuracy": _over(correct[correct.isfinite()])}
+    if experience.teacher_entropy is not None:
+        sums["entropy"] = _over(experience.teacher_entropy[mask])
+    if experience.teacher_taken_logp is not None:
+        sums["logp"] = _over(experience.teacher_taken_logp[mask])
+    if probe is not None:
+        seen, student = probe
+        if student.taken_logp is not None and seen.teacher_taken_logp is not None:
+            ratio = seen.teacher_taken_logp - student.taken_logp
+            sums["log_ratio"] = _over(ratio[mask[: len(ratio), : ratio.shape[1]]])
+    return sums
 
 
 def _probed(rows: Experience, student: Scores) -> dict[str, tuple[float, float]]:

@@ -133,6 +133,8 @@ class VllmScorer:
 
     scores_given_ids = False
     """Beside the taken token it scores its own top ids alone."""
+    gives_entropy = False
+    """A few log-probs do not tell it."""
 
     @torch.no_grad()
     def __call__(
