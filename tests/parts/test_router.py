@@ -286,12 +286,8 @@ def test_errors_name_the_teacher(tmp_path):
     router(teachers={"math": replace(by_option, scoring_temperature=2.0)}).check_temperature(2.0)
     with pytest.raises(ConfigError, match=r"^`teacher\.teachers\.math\.dtype` must"):
         router(teachers={"math": replace(by_option, dtype="int8")})
-    vllm = VllmTeacher(
-        path="a",
-        **{n: getattr(SERVED, n) for n in ("address", "token_env", "timeout_s")},
-        patience_s=0,
-        tokens_per_request=9,
-    )
+    shared = {name: getattr(SERVED, name) for name in ("address", "token_env", "timeout_s", "patience_s")}
+    vllm = VllmTeacher(path="a", tokens_per_request=9, **shared)
     assert not router(teachers={"math": vllm}).scores_given_ids
     with pytest.raises(ConfigError, match=r"^`student\.scoring_temperature` must be 1 with a vLLM server"):
         router(teachers={"math": vllm}).check_temperature(2.0)
