@@ -28,11 +28,9 @@ def gradients(overrides: list[str], collections: int) -> torch.Tensor:
     rows = []
     for number in range(collections):
         student.eval()
-        steps, _ = collector.collect(
-            student, number, progress=PROGRESS, version=0, accumulate=1, world=World()
-        )
+        steps, _ = collector.collect(student, number, progress=PROGRESS, version=0, world=World())
         student.train()
-        for (experience,) in steps:
+        for experience in steps:
             student.zero_grad()
             scores = student(
                 experience.rollout.tokens, objective.want, experience.support_ids, experience.hidden

@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from typing import Any
 
 
 class PhaseClock:
@@ -22,6 +23,19 @@ class PhaseClock:
         self.phase: str | None = None
         self._since = 0.0
         self._lap: tuple[dict[str, float], dict[str, int], dict[str, float]] = ({}, {}, {})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was charged so far, as a checkpoint holds it."""
+        charged = [dict(self.seconds), dict(self.tokens), dict(self.work)]
+        return {"charged": charged, "lap": [dict(counts) for counts in self._lap]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what an earlier process of the run was charged with."""
+        charged: tuple[dict[str, Any], ...] = (self.seconds, self.tokens, self.work)
+        for mine, theirs in zip(charged, state["charged"], strict=True):
+            mine.update(theirs)
+        seconds, tokens, work = state["lap"]
+        self._lap = (seconds, tokens, work)
 
     def switch(self, phase: str | None) -> str | None:
         """Begin ``phase`` (None: none), end the one before and return it."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from opd_lightning.ahead import Ahead, Order, Sent, Told
-from opd_lightning.buffer import micro_batch_count, micro_batches
+from opd_lightning.buffer import micro_batch_count
 from opd_lightning.clock import PhaseClock
 from opd_lightning.diagnostics.collection import CollectionReport, describe
 from opd_lightning.diagnostics.utilisation import Meter
@@ -131,18 +131,16 @@ class Collector:
         collection: int,
         progress: float,
         version: int,
-        accumulate: int,
         world: World,
         upcoming: float | None = None,
-    ) -> tuple[list[list[Experience]], CollectionReport]:
-        """Return ``steps_per_collection`` optimizer steps of ``accumulate`` micro-batches each.
+    ) -> tuple[list[Experience], CollectionReport]:
+        """Return ``steps_per_collection`` optimizer steps, this process's rows of each.
 
         Args:
             student: its weights write and are scored; no gradient is kept.
             collection: number of this collection; with the seed it decides prompts and draws.
             progress: optimizer steps done over planned steps, fixed during the collection.
             version: optimizer steps behind the student's weights.
-            accumulate: micro-batches of one optimizer step.
             world: this process among all.
             upcoming: the progress of the next collection, None where none follows.
         """
@@ -165,10 +163,7 @@ class Collector:
             report = describe(graded, experience, self._probe(student, experience), self._taught(rollout))
             if self.runs_ahead:
                 report.sums["rollout/versions_behind"] = float(version - rollout.version), 1.0
-            steps = [
-                micro_batches(self.objective.finish(part, world), accumulate)
-                for part in self._steps(experience)
-            ]
+            steps = [self.objective.finish(part, world) for part in self._steps(experience)]
         return steps, report
 
     # -- generation

@@ -228,5 +228,6 @@ def quiet() -> None:
         r".*LeafSpec.* is deprecated.*",
         r".*Experiment logs directory .* exists and is not empty.*",
         r".*Checkpoint directory .* exists and is not empty.*",
+        r".*your dataloader is not resumable.*",  # its state is the data module's
     ):
         warnings.filterwarnings("ignore", message=message)

@@ -6,18 +6,20 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import lightning as L
 import torch
 
-from opd_lightning.buffer import check_one_count
+from opd_lightning.buffer import check_one_count, micro_batches
 from opd_lightning.collector import Collector
 from opd_lightning.diagnostics.collection import CollectionReport
 from opd_lightning.diagnostics.utilisation import measured_peak
 from opd_lightning.errors import require
-from opd_lightning.processes import world_of
+from opd_lightning.processes import gathered_objects, world_of
 from opd_lightning.prompts import Prompts
+from opd_lightning.resume import randomness
+from opd_lightning.resume.experience import packed, shared_out, unpacked, unpacked_rollout
 from opd_lightning.scorer import Scorer
 from opd_lightning.sharding import unsharded
 from opd_lightning.types import Experience, Graded, Sampling
@@ -115,6 +117,9 @@ class OnPolicyData(L.LightningDataModule):
         self.evaluation = evaluation
         self.report: CollectionReport | None = None
         self.metrics: dict[str, float] = {}
+        self.collected: Sequence[Experience] = ()
+        self.collected_at = 0
+        self._state: dict[str, Any] | None = None
 
     @property
     def student(self) -> Scorer:
@@ -197,6 +202,59 @@ class OnPolicyData(L.LightningDataModule):
             return []
         return [GradedLoader(self, self.validation, *mode) for mode in self.evaluation.modes()]
 
+    # -- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the next step takes from this half: experience not learned from yet, draws, counts.
+
+        Of all processes; complete on the first, which writes it.
+        """
+        assert self.trainer is not None
+        step, clock = self.trainer.global_step, self.collector.clock
+        # Text that was written ahead is older than these weights, which could not write it again.
+        ahead = self.collector.ahead.pending()
+        own = {
+            "steps": [packed(part) for part in self.remaining(step)],
+            "ahead": None if ahead is None else [ahead[0], packed(ahead[1])],
+            "random": randomness.captured(),
+        }
+        return {
+            "step": step,
+            "processes": gathered_objects(self.trainer, own),
+            "metrics": dict(self.metrics),
+            "clock": clock.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a checkpoint's state, when training begins."""
+        self._state = state_dict
+        self.metrics = dict(state_dict["metrics"])
+        self.collector.clock.load_state_dict(state_dict["clock"])
+
+    def remaining(self, step: int) -> Sequence[Experience]:
+        """Return the last collection's optimizer steps that are still to be taken after ``step`` of them all."""
+        return self.collected[max(step - self.collected_at, 0) :]
+
+    def take_restored(self, step: int) -> bool:
+        """Put back what a checkpoint holds for the next optimizer step, once; return whether it holds any."""
+        state, self._state = self._state, None
+        if state is None or state["step"] != step:
+            return False
+        world, processes = self.world, state["processes"]
+        if len(processes) == world.size:
+            randomness.restore(processes[world.rank]["random"])
+        terms, device = self.collector.objective.needs.collected_full, self.student.device
+        ahead = [process["ahead"] for process in processes if process["ahead"] is not None]
+        if ahead:
+            written = [unpacked_rollout(rollout) for _, rollout in ahead]
+            self.collector.ahead.restore(ahead[0][0], shared_out(written, world.rank, world.size).to(device))
+        self.collected_at = step
+        self.collected = [
+            shared_out([unpacked(part, terms) for part in parts], world.rank, world.size).to(device)
+            for parts in zip(*(process["steps"] for process in processes), strict=True)
+        ]
+        return bool(self.collected)
+
     def take_metrics(self) -> dict[str, float]:
         """Return the metrics of the last collection, once."""
         metrics, self.metrics = self.metrics, {}
@@ -220,18 +278,22 @@ class ExperienceLoader:
         clock, per_collection = data.collector.clock, data.collector.steps_per_collection
         while trainer.global_step < trainer.max_steps:
             done = trainer.global_step
-            steps = self._collect(done // per_collection, done)
-            for step in steps[done % per_collection :]:
+            if not data.take_restored(done):
+                # From within a collection only where a checkpoint has none of it: that of another program.
+                data.collected = self._collect(done // per_collection, done)[done % per_collection :]
+                data.collected_at = done
+            for step in data.collected:
                 if trainer.global_step >= trainer.max_steps:
                     return
-                counts = data.totals([int((micro_batch.share > 0).sum()) for micro_batch in step])
-                for micro_batch, count in zip(step, counts, strict=True):
+                cut = micro_batches(step, trainer.accumulate_grad_batches)
+                counts = data.totals([int((micro_batch.share > 0).sum()) for micro_batch in cut])
+                for micro_batch, count in zip(cut, counts, strict=True):
                     clock.tokens["train"] += count
                     clock.switch("train")
                     yield micro_batch
                     clock.switch(None)
 
-    def _collect(self, collection: int, done: int) -> list[list[Experience]]:
+    def _collect(self, collection: int, done: int) -> list[Experience]:
         data, trainer = self.data, self.data.trainer
         assert trainer is not None
         student = data.student
@@ -245,7 +307,6 @@ class ExperienceLoader:
                     collection,
                     progress=done / trainer.max_steps,
                     version=done,
-                    accumulate=trainer.accumulate_grad_batches,
                     world=data.world,
                     upcoming=following / trainer.max_steps if following < trainer.max_steps else None,
                 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import lightning as L
@@ -15,7 +15,8 @@ from opd_lightning.diagnostics.responses import ResponseMetrics
 from opd_lightning.errors import require
 from opd_lightning.lora import adapted
 from opd_lightning.objective import Objective
-from opd_lightning.protocols import Follows
+from opd_lightning.protocols import Averaged, Follows
+from opd_lightning.resume.loops import begin_at
 from opd_lightning.scorer import Scorer
 from opd_lightning.sharding import shard
 from opd_lightning.types import Experience, Graded
@@ -55,7 +56,8 @@ class OnPolicyDistillation(L.LightningModule):
         self._sharded = False
         # Not an attribute that nn.Module would register: a teacher's weights are in no state dict.
         self.__dict__["follower"] = follower
-        self._followed = 0
+        self._progress = 0.0
+        self.stepping = False
 
     def configure_model(self) -> None:
         """Shard the student under ``strategy=fsdp``; elsewhere it stays as it is."""
@@ -108,21 +110,57 @@ class OnPolicyDistillation(L.LightningModule):
         assert isinstance(sums, Tensor)
         logged = dict(zip(self._sums, sums.tolist(), strict=True))
         self._sums.clear()
-        rate = optimizer.param_groups[0]["lr"]
-        # What the collecting half saw of the responses behind this step. It is given once a collection, and
-        # Lightning repeats it at the collection's other steps.
+        # What the collecting half saw of the responses behind this step, given once a collection.
         collected: dict[str, float] = getattr(
             getattr(self.trainer, "datamodule", None), "take_metrics", dict
         )()
-        self.log_dict(logged | collected | {"train/grad_norm": self._gradient_norm(), "train/lr": rate})
+        rate = {"train/grad_norm": self._gradient_norm(), "train/lr": optimizer.param_groups[0]["lr"]}
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if (self.trainer.global_step + 1) % every == 0 or collected:
+            self._write(logged | collected | rate)
+        self.log_dict(logged | collected | rate, logger=False)
         self.log("loss", logged["train/loss"], prog_bar=True, logger=False)
 
-    def on_train_batch_end(self, outputs: Any, batch: Experience, batch_idx: int) -> None:
-        """Let a teacher that follows the student take its new weights, once an optimizer step."""
+    def _write(self, metrics: Mapping[str, Tensor | float]) -> None:
+        """Give the loggers metrics of the run after the optimizer steps taken so far.
+
+        At once, and not when Lightning does, which is after the step's checkpoint is written and again, for a
+        metric of a collection, at each later step.
+        """
+        values = {name: float(value) for name, value in metrics.items()}
+        for logger in self.loggers:
+            logger.log_metrics(values, step=self.trainer.global_step)
+
+    def on_train_batch_start(self, batch: Experience, batch_idx: int) -> None:
+        """Keep Lightning's own count of steps, for callbacks that log, equal to the optimizer's."""
+        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
+        self._progress = batch.progress
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Take the step, and let a teacher that follows the student take its new weights, before any checkpoint."""
+        self.stepping = True
+        super().optimizer_step(*args, **kwargs)
         follower: Follows | None = self.__dict__["follower"]
-        if follower is not None and self.trainer.global_step > self._followed:
-            self._followed = self.trainer.global_step
-            follower.follow(self.student, batch.progress)
+        if follower is not None:
+            follower.follow(self.student, self._progress)
+        self.stepping = False
+
+    # -- checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add a teacher that is an average over the run, which no one could make again."""
+        follower = self.__dict__["follower"]
+        if isinstance(follower, Averaged):
+            checkpoint["teacher"] = follower.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the average back, and begin at a whole optimizer step, however its micro-batches are cut now."""
+        follower = self.__dict__["follower"]
+        if isinstance(follower, Averaged) and "teacher" in checkpoint:
+            follower.load_state_dict(checkpoint["teacher"])
+        if self._trainer is not None and "loops" in checkpoint:
+            done = int(checkpoint["global_step"]) * self.trainer.accumulate_grad_batches
+            begin_at(checkpoint["loops"], done)
 
     def _gradient_norm(self) -> Tensor:
         """Return the L2 norm over all parameters before clipping."""
@@ -139,10 +177,11 @@ class OnPolicyDistillation(L.LightningModule):
         # The metrics were already computed over all ranks; their mean over ranks is what Lightning asks for.
         for metric, suffix in ((self.greedy, ""), (self.sampled, "_sampled")):
             if metric.update_called:
-                values = metric.compute()
-                self.log_dict({f"eval/{key}{suffix}": value for key, value in values.items()}, sync_dist=True)
-                if "accuracy" in values and not suffix:
-                    self.log("accuracy", values["accuracy"], prog_bar=True, logger=False, sync_dist=True)
+                values = {f"eval/{key}{suffix}": value for key, value in metric.compute().items()}
+                self.log_dict(values, sync_dist=True, logger=False)
+                self._write(values)
+                if "eval/accuracy" in values:
+                    self.log("accuracy", values["eval/accuracy"], prog_bar=True, logger=False, sync_dist=True)
             metric.reset()
 
     def configure_optimizers(self) -> Any:

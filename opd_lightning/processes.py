@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
+import os
+from typing import Any
+
 import lightning as L
 import torch
 from torch import Tensor
 
 from opd_lightning.world import World
+
+
+def first_process() -> bool:
+    """Return whether this is the first process of a run, as far as whoever started it has said."""
+    rank = next((os.environ[name] for name in ("RANK", "SLURM_PROCID") if name in os.environ), "0")
+    return rank == "0" and os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def gathered_objects(trainer: L.Trainer, own: Any) -> list[Any]:
+    """Return every process's object in the order of ranks on the first process, this one's alone on the others.
+
+    All processes must call it.
+    """
+    if trainer.world_size == 1:
+        return [own]
+    gathered: list[Any] | None = [None] * trainer.world_size if trainer.is_global_zero else None
+    torch.distributed.gather_object(own, gathered, dst=0)
+    return [own] if gathered is None else gathered
 
 
 def world_of(trainer: L.Trainer) -> World:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -269,6 +269,19 @@ class Routes(Protocol):
 
     def routed(self, prompts: PromptBatch) -> Scoring:
         """Return what scores responses to these prompts, in this order."""
+        ...
+
+
+@runtime_checkable
+class Averaged(Follows, Protocol):
+    """A teacher that follows the student and holds what only the run's past could give it."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return that, as tensors by name."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take it back from a checkpoint."""
         ...
 
 

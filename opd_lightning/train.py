@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import sys
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -13,11 +15,12 @@ import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from opd_lightning.assemble import CollectorSettings, Run, assemble
 from opd_lightning.buffer import check_one_count
 from opd_lightning.callbacks.history import EvaluationHistory
+from opd_lightning.callbacks.stopping import Stopped
 from opd_lightning.commands import (
     build,
     check_seed,
@@ -30,25 +33,21 @@ from opd_lightning.commands import (
 )
 from opd_lightning.errors import ConfigError, require
 from opd_lightning.export import save_student
+from opd_lightning.loggers import Continues
 from opd_lightning.lora import Lora
 from opd_lightning.objective import Objective
+from opd_lightning.processes import first_process
 from opd_lightning.reporting import closing, log_settings, plan, summarise, teacher_accuracy
+from opd_lightning.resume.files import WholeFiles
+from opd_lightning.resume.finding import Earlier, alone, differences, find, forget
 
 log = logging.getLogger(__name__)
 
 KEYS = {
     *("task", "student", "teacher", "engine", "rollout", "support", "estimator", "divergence", "reward"),
     *("regularizer", "mask", "reduction", "collector", "evaluation", "optimizer", "scheduler", "trainer"),
-    *(
-        "strategy",
-        "logger",
-        "callbacks",
-        "reference",
-        "seed",
-        "reporting",
-        "reporting.peak_tflops",
-        "planning",
-    ),
+    *("strategy", "logger", "callbacks", "reference", "seed", "resume", "planning"),
+    *("reporting", "reporting.peak_tflops"),
     *("student.path", "student.dtype", "student.head_scratch_mb", "student.scoring_temperature"),
     *("student.layout", "student.compile", "student.lora", "student.trust_remote_code"),
     *("evaluation.split", "evaluation.every_steps", "evaluation.settings", "evaluation.teacher"),
@@ -178,6 +177,7 @@ def trainer_from(config: DictConfig, history: EvaluationHistory, folder: Path) -
         strategy=build(config.strategy) if "_target_" in config.strategy else config.strategy.name,
         logger=[build(part) for part in (config.get("logger") or {}).values()],
         callbacks=[*callbacks, history],
+        plugins=[WholeFiles()],
         default_root_dir=str(folder),
         val_check_interval=every * accumulate if evaluates else planned * accumulate,
         num_sanity_val_steps=0,
@@ -187,30 +187,39 @@ def trainer_from(config: DictConfig, history: EvaluationHistory, folder: Path) -
     )
 
 
-def train(config: DictConfig, folder: Path, overrides: list[str]) -> dict[str, Any]:
-    """Run everything and return the summary.
+def train(
+    config: DictConfig, folder: Path, overrides: list[str], earlier: Earlier | None = None
+) -> dict[str, Any]:
+    """Run everything, or what is left of an earlier run, and return the summary.
 
     Raises:
         ConfigError: a configuration that cannot work.
+        Stopped: the run was asked to stop and has written a checkpoint.
     """
     begun = time.perf_counter()
     refuse_unknown_keys(config, KEYS)
     check_seed(config.seed)
     L.seed_everything(config.seed, verbose=False)
-    history = EvaluationHistory()
+    every = config.evaluation.every_steps
+    history = EvaluationHistory(every)
     trainer = trainer_from(config, history, folder)
     run = run_from(config)
     run.data.collector.check_world(trainer.world_size)  # before a child process starts
+    checkpoint = None if earlier is None else earlier.checkpoint
+    if earlier is not None:
+        go_on(trainer, earlier, plain(config), overrides)
     if trainer.is_global_zero:
         say_unused_support(run.module.objective)
         folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(config, folder / "config.yaml", resolve=True)
+        if checkpoint is None:
+            OmegaConf.save(config, folder / "config.yaml", resolve=True)
         count = run.data.collector.micro_batches(trainer.world_size) or trainer.accumulate_grad_batches
         print(plan(config, run, folder, count, trainer.world_size), flush=True)
-    if run.data.validation is not None:
-        trainer.validate(run.module, datamodule=run.data, verbose=False)
-    log_settings(trainer, config, overrides, history.at.get(0, {}))
-    trainer.fit(run.module, datamodule=run.data)
+    if checkpoint is None:
+        if run.data.validation is not None:
+            trainer.validate(run.module, datamodule=run.data, verbose=False)
+        log_settings(trainer, config, overrides, history.at.get(0, {}))
+    trainer.fit(run.module, datamodule=run.data, ckpt_path=checkpoint, weights_only=True)
     run.data.collector.clock.switch(None)
     if run.data.validation is not None and trainer.global_step not in history.at:
         trainer.validate(run.module, datamodule=run.data, verbose=False)
@@ -228,6 +237,41 @@ def train(config: DictConfig, folder: Path, overrides: list[str]) -> dict[str, A
     return summary
 
 
+def go_on(trainer: L.Trainer, earlier: Earlier, config: dict[str, Any], overrides: list[str]) -> None:
+    """Cut the run's logs at its checkpoint, say where it goes on, and write that down."""
+    for logger in trainer.loggers:
+        if isinstance(logger, Continues):
+            logger.go_on(earlier.step)
+    if not trainer.is_global_zero:
+        return
+    others = differences(earlier.folder, config)
+    if others:
+        log.warning("the run goes on with other settings than it began with: %s", ", ".join(others))
+    where = "from its beginning" if earlier.checkpoint is None else f"from {earlier.checkpoint.name}"
+    print(f"resumed   {earlier.folder} {where}", flush=True)
+    line = {"step": earlier.step, "overrides": overrides, "git_commit": git_commit()}
+    with (earlier.folder / "resumed.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def earlier_run(config: DictConfig) -> Earlier | None:
+    """Return the run that ``resume`` names, and have everything that asks Hydra for the run's folder get its."""
+    hydra_config = HydraConfig.get()
+    folder, multirun = Path(hydra_config.runtime.output_dir), hydra_config.mode == RunMode.MULTIRUN
+    given = any(text.startswith(("hydra.run.dir=", "hydra.sweep.")) for text in hydra_config.overrides.hydra)
+    # The folders that the command names by date and time, and a grid's job below them by its overrides.
+    depth = 0 if given else 3 if multirun else 2
+    earlier = find(config.resume, plain(config), folder, depth)
+    if earlier is not None and earlier.folder.resolve() != folder.resolve():
+        settings: Any = HydraConfig.instance().cfg
+        with open_dict(settings):
+            settings.hydra.runtime.output_dir = str(earlier.folder.resolve())
+            settings.hydra.run.dir = str(earlier.folder.resolve())
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # Hydra has made it, empty
+    return earlier
+
+
 @command("train")
 def main(config: DictConfig) -> float | None:
     """Command line entry; returns the accuracy after training for Hydra sweepers."""
@@ -240,8 +284,23 @@ def main(config: DictConfig) -> float | None:
             "whole sweep in each child; use trainer.devices=1, or run each job by its own command"
         )
     overrides = list(hydra_config.overrides.task)
-    summary = train(config, Path(hydra_config.runtime.output_dir), overrides)
-    return summary["accuracy_after"]
+    earlier = earlier_run(config)
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    if earlier is not None and earlier.finished:
+        summary = json.loads((folder / "summary.json").read_text())
+        print(f"the run in {folder} is finished\n{closing(summary, folder)}", flush=True)
+        return summary["accuracy_after"]
+    with alone(folder) if first_process() else contextlib.nullcontext():
+        try:
+            return train(config, folder, overrides, earlier)["accuracy_after"]
+        except Stopped as stop:
+            if first_process():
+                print(
+                    f"stopped {stop.reason}; the same command with resume={folder} goes on", file=sys.stderr
+                )
+            sys.exit(stop.code)
+        finally:
+            forget()
 
 
 if __name__ == "__main__":

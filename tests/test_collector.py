@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny import tiny_model
 
+from opd_lightning.buffer import micro_batches
 from opd_lightning.collector import Collector, World
 from opd_lightning.divergence.reverse_kl import ReverseKL
 from opd_lightning.engine.transformers import TransformersEngine
@@ -85,8 +86,11 @@ def collector(teacher, **changes) -> Collector:
 
 
 def collect(collector: Collector, student: Scorer, number: int = 0, world: World | None = None, **more):
+    """Return the optimizer steps of a collection, each cut into ``accumulate`` micro-batches, and its report."""
     settings = {"progress": 0.0, "version": 0, "accumulate": 1} | more
-    return collector.collect(student, number, world=world or World(), **settings)
+    accumulate = settings.pop("accumulate")
+    steps, report = collector.collect(student, number, world=world or World(), **settings)
+    return [micro_batches(step, accumulate) for step in steps], report
 
 
 def joined(steps) -> dict[str, torch.Tensor]:

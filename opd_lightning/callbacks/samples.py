@@ -25,11 +25,20 @@ class SampleResponses(L.Callback):
         self.count = count
         self._last = -1
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return when samples were written last."""
+        return {"last": self._last}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+        self._last = state_dict["last"]
+
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Write the samples of the last collection."""
-        step, report = trainer.global_step, getattr(getattr(trainer, "datamodule", None), "report", None)
+        # That of the step that ended, as its metrics have: what a continued run keeps lies before its checkpoint.
+        step, report = trainer.global_step - 1, getattr(getattr(trainer, "datamodule", None), "report", None)
         due = step // self.every_steps > self._last // self.every_steps if self._last >= 0 else True
         if report is None or not due or not trainer.is_global_zero:
             return

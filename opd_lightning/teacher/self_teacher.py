@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,8 +30,7 @@ class SelfTeacher:
     The teacher scores the student's response behind a prompt whose last user message ends with
     ``context``. M is the starting student (``weights="initial"``), the student as it is now (``"live"``,
     no copy), or the average ``M <- decay * M + (1 - decay) * student`` over optimizer steps (``"ema"``; of
-    the adapters where the student has some). Averages are not in checkpoints: a run that goes on from one
-    starts its average again.
+    the adapters where the student has some) and is part of the run's checkpoints.
 
     Args:
         path: the student's; another model is accepted with ``weights="initial"``.
@@ -123,12 +122,12 @@ class SelfTeacher:
             )
             return LiveScorer(loading.student, view)
         assert self.decay is not None
-        return AveragedScorer(self._copy(loading), view, decay=self.decay)
+        averaged = tuple(name for name, p in loading.student.model.named_parameters() if p.requires_grad)
+        return AveragedScorer(self._copy(loading, averaged), view, decay=self.decay, averaged=averaged)
 
-    def _copy(self, loading: Loading) -> Scorer:
+    def _copy(self, loading: Loading, averaged: Sequence[str]) -> Scorer:
         """Return a frozen copy of the student, adapters and all."""
         student = loading.student
-        averaged = [name for name, p in student.model.named_parameters() if p.requires_grad]
         model = copy.deepcopy(student.model).eval().requires_grad_(False)
         if loading.compiled:
             compile_layers(model)
@@ -211,9 +210,13 @@ class LiveScorer(SharedScorer):
 
 @dataclass(frozen=True, kw_only=True)
 class AveragedScorer(FrozenScorer):
-    """A copy of the student that moves towards it: ``M <- decay * M + (1 - decay) * student``."""
+    """A copy of the student that moves towards it: ``M <- decay * M + (1 - decay) * student``.
+
+    ``averaged`` names the weights that move: those that the student trains.
+    """
 
     decay: float | Schedule
+    averaged: tuple[str, ...]
 
     @torch.no_grad()
     def follow(self, student: Scoring, progress: float) -> None:
@@ -221,7 +224,19 @@ class AveragedScorer(FrozenScorer):
         assert isinstance(student, Scorer)
         decay = value_at(self.decay, progress)
         held = dict(self.scorer.model.named_parameters())
-        for name, parameter in student.model.named_parameters():
-            if parameter.requires_grad:
-                mine = held[name]
-                mine.mul_(decay).add_(parameter.to(mine), alpha=1 - decay)
+        now = dict(student.model.named_parameters())
+        for name in self.averaged:
+            mine = held[name]
+            mine.mul_(decay).add_(now[name].to(mine), alpha=1 - decay)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Return the averaged weights by name."""
+        held = dict(self.scorer.model.named_parameters())
+        return {name: held[name].detach().to("cpu", copy=True) for name in self.averaged}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Take the averaged weights back."""
+        held = dict(self.scorer.model.named_parameters())
+        for name, weight in state.items():
+            held[name].copy_(weight)

@@ -69,8 +69,8 @@ def test_its_loss_is_its_formula(finished):
         run = run_from(compose("train", ["estimator=token", "support=none", "debug=fast"]))
     run.module.student.eval()
     with torch.no_grad():
-        steps, _ = run.data.collector.collect(run.module.student, 0, 0.0, 0, 1, Processes())
-        ((experience,), _) = steps
+        steps, _ = run.data.collector.collect(run.module.student, 0, 0.0, 0, Processes())
+        experience, _ = steps
         ratios = log_ratios(run, experience.rollout)
     assert float(first["train/tokens"]) == len(ratios)
     assert float(first["train/log_ratio"]) == pytest.approx(float(ratios.mean()), abs=1e-5)
