@@ -87,6 +87,11 @@ class _Table(ExperimentWriter):
 class Curves(TensorBoardLogger):
     """TensorBoard's events, flushed whenever metrics are logged."""
 
+    def __init__(
+        self, save_dir: str, name: str = "", version: str = "", default_hp_metric: bool = False
+    ) -> None:
+        super().__init__(save_dir=save_dir, name=name, version=version, default_hp_metric=default_hp_metric)
+
     @rank_zero_only
     def go_on(self, step: int) -> None:
         """Have TensorBoard forget what was logged from ``step`` on."""

@@ -174,15 +174,18 @@ class OnPolicyDistillation(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log accuracy, length and truncation: ``eval/*`` greedy, ``eval/*_sampled`` at a temperature."""
-        # The metrics were already computed over all ranks; their mean over ranks is what Lightning asks for.
+        found: dict[str, Tensor] = {}
         for metric, suffix in ((self.greedy, ""), (self.sampled, "_sampled")):
             if metric.update_called:
-                values = {f"eval/{key}{suffix}": value for key, value in metric.compute().items()}
-                self.log_dict(values, sync_dist=True, logger=False)
-                self._write(values)
-                if "eval/accuracy" in values:
-                    self.log("accuracy", values["eval/accuracy"], prog_bar=True, logger=False, sync_dist=True)
+                found |= {f"eval/{key}{suffix}": value for key, value in metric.compute().items()}
             metric.reset()
+        if not found:
+            return
+        self._write(found)
+        # The metrics were already computed over all ranks; their mean over ranks is what Lightning asks for.
+        self.log_dict(found, sync_dist=True, logger=False)
+        if "eval/accuracy" in found:
+            self.log("accuracy", found["eval/accuracy"], prog_bar=True, logger=False, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer, and the scheduler stepped once an optimizer step."""

@@ -15,7 +15,7 @@ import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf, read_write
 
 from opd_lightning.assemble import CollectorSettings, Run, assemble
 from opd_lightning.buffer import check_one_count
@@ -264,7 +264,7 @@ def earlier_run(config: DictConfig) -> Earlier | None:
     earlier = find(config.resume, plain(config), folder, depth)
     if earlier is not None and earlier.folder.resolve() != folder.resolve():
         settings: Any = HydraConfig.instance().cfg
-        with open_dict(settings):
+        with read_write(settings.hydra):
             settings.hydra.runtime.output_dir = str(earlier.folder.resolve())
             settings.hydra.run.dir = str(earlier.folder.resolve())
         with contextlib.suppress(OSError):
@@ -283,7 +283,14 @@ def main(config: DictConfig) -> float | None:
             f"`trainer.devices` must be 1 in a multirun, got {devices}: a process-launching strategy would rerun the "
             "whole sweep in each child; use trainer.devices=1, or run each job by its own command"
         )
-    overrides = list(hydra_config.overrides.task)
+    try:
+        return launched(config, list(hydra_config.overrides.task))
+    finally:
+        forget()
+
+
+def launched(config: DictConfig, overrides: list[str]) -> float | None:
+    """Begin a run or go on with one, in its folder, and return the accuracy at its end."""
     earlier = earlier_run(config)
     folder = Path(HydraConfig.get().runtime.output_dir)
     if earlier is not None and earlier.finished:
@@ -299,8 +306,6 @@ def main(config: DictConfig) -> float | None:
                     f"stopped {stop.reason}; the same command with resume={folder} goes on", file=sys.stderr
                 )
             sys.exit(stop.code)
-        finally:
-            forget()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,22 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 
-class LatestCheckpoints(ModelCheckpoint):
+class _InItsFolder(ModelCheckpoint):
+    """Knows its files again where the run's folder was moved."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over which files there are, by their names in the folder as it is called now."""
+        before, now = str(state_dict["dirpath"]), str(self.dirpath)
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {moved(key): inner for key, inner in value.items()}
+            return value.replace(before, now, 1) if isinstance(value, str) else value
+
+        super().load_state_dict({name: moved(value) for name, value in state_dict.items()})
+
+
+class LatestCheckpoints(_InItsFolder):
     """Keeps the run's latest checkpoints, that of its end and that of an exception included.
 
     Args:
@@ -45,7 +60,7 @@ class LatestCheckpoints(ModelCheckpoint):
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
 
-class BestCheckpoint(ModelCheckpoint):
+class BestCheckpoint(_InItsFolder):
     """Keeps the checkpoints with the largest value of a metric of the evaluations.
 
     Args:

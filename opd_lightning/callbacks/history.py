@@ -34,13 +34,23 @@ class EvaluationHistory(L.Callback):
         if not goes_on:
             return
         if step in self.at:
-            for logger in trainer.loggers:
-                logger.log_metrics(self.at[step], step=step)
+            self._log_again(trainer)
         elif self.every is not None and step % self.every == 0:
             # As Lightning's training loop does it.
             trainer.validating = True
             trainer.fit_loop.epoch_loop.val_loop.run()
             trainer.training = True
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log the evaluation at the checkpoint's step where no training was left to begin."""
+        if self._goes_on and trainer.global_step in self.at:
+            self._log_again(trainer)
+        self._goes_on = False
+
+    def _log_again(self, trainer: L.Trainer) -> None:
+        """Log what the cut of the logs at the checkpoint's step has taken away."""
+        for logger in trainer.loggers:
+            logger.log_metrics(self.at[trainer.global_step], step=trainer.global_step)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep the metrics of the evaluation that ended."""

@@ -37,15 +37,15 @@ class WholeFiles(TorchCheckpointIO):
                 torch.save(checkpoint, file)
             self.failed = False
         except (OSError, RuntimeError) as error:
-            # torch's own writer turns what the system says into a RuntimeError.
-            if not isinstance(error, OSError) and not _of_the_disk(error):
+            told = _of_the_disk(error)
+            if told is None:
                 raise
             self.failed = True
             log.error(
                 "the checkpoint %s could not be written (%s); the run goes on and keeps those before it: free "
                 "space in %s, or make it writable",
                 path.name,
-                str(error).splitlines()[0],
+                told,
                 path.parent,
             )
 
@@ -78,8 +78,11 @@ class WholeFiles(TorchCheckpointIO):
         _sync(path.parent)
 
 
-def _of_the_disk(error: RuntimeError) -> bool:
-    return any(word in str(error) for word in ("PytorchStreamWriter", "file write failed", "No space left"))
+def _of_the_disk(error: BaseException | None) -> OSError | None:
+    """Return what the system said; torch's own writer stumbles over it once more and raises a RuntimeError."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__context__
+    return error
 
 
 def _sync(folder: Path) -> None:

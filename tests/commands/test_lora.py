@@ -203,7 +203,7 @@ def test_trains_and_saves(family, tied, tmp_path):
     start = AutoModelForCausalLM.from_pretrained(base)
     assert not torch.allclose(logits(saved), logits(start), atol=1e-3)
 
-    (path,) = done.folder.glob("checkpoints/*.ckpt")
+    (path,) = done.folder.glob("checkpoints/step=*.ckpt")
     state = torch.load(path, weights_only=False)["state_dict"]
     before = start.state_dict()
     held = {n.removeprefix("student.model.").replace("base_layer.", ""): t for n, t in state.items()}

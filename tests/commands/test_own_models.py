@@ -81,7 +81,7 @@ def test_a_family(family, tmp_path, sums):
     assert all(t.isfinite().all() for t in after.values())
     assert not shared(after.values(), before.values()), "some weights have not been trained"
     taught = list(load_file(teacher / "model.safetensors").values())
-    (saved,) = done.folder.glob("checkpoints/*.ckpt")
+    (saved,) = done.folder.glob("checkpoints/step=*.ckpt")
     checkpoint = torch.load(saved, weights_only=False)
     for kept in (list(after.values()), tensors_of(checkpoint)):
         assert kept
@@ -99,7 +99,7 @@ def test_the_exact_divergence_leaves_no_teacher_behind(tmp_path, sums):
     done = train(tmp_path, student, teacher, sums, "support=full")
     assert all(math.isfinite(loss) and loss > 0 for loss in done.losses)
     taught = list(load_file(teacher / "model.safetensors").values())
-    (saved,) = done.folder.glob("checkpoints/*.ckpt")
+    (saved,) = done.folder.glob("checkpoints/step=*.ckpt")
     kept = tensors_of(torch.load(saved, weights_only=False))
     kept += load_file(done.folder / "student" / "model.safetensors").values()
     assert not shared(kept, taught)
@@ -202,7 +202,7 @@ def test_what_a_run_leaves(tmp_path, sums):
     )
     assert [e.step for e in events.Scalars("train/loss")] == [0, 1]
     assert any("rollout/samples" in tag for tag in events.Tags()["tensors"])
-    (checkpoint,) = done.folder.glob("checkpoints/*.ckpt")
+    (checkpoint,) = done.folder.glob("checkpoints/step=*.ckpt")
     assert torch.load(checkpoint, weights_only=False)["global_step"] == 2
 
 

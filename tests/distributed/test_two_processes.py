@@ -98,7 +98,7 @@ class Done:
 
     @property
     def checkpoint(self) -> dict:
-        return torch.load(self.folder / "checkpoints" / "last.ckpt", weights_only=False)
+        return torch.load(self.folder / "checkpoints" / f"step={STEPS}.ckpt", weights_only=True)
 
 
 @dataclass(frozen=True)

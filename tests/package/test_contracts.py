@@ -25,6 +25,7 @@ COMMANDS = {"train", "evaluate", "make_task", "toy_gamma", "choose_horizon", "se
 COMMANDS |= {"reporting", "commands", "overrides", "plan"}
 # Modules that may know Lightning: the two halves and what runs them.
 RUNNERS = {"processes", "module", "data", "assemble", "export", "callbacks", "optim", "strategies"}
+RUNNERS |= {"loggers", "resume"}
 
 
 def modules() -> set[str]:

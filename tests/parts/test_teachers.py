@@ -297,7 +297,7 @@ def log_ratios(done: Finished) -> list[float]:
 
 
 def checkpoint_names(done: Finished) -> set[str]:
-    (saved,) = done.folder.glob("checkpoints/*.ckpt")
+    (saved,) = done.folder.glob("checkpoints/step=*.ckpt")
     return set(torch.load(saved, weights_only=False)["state_dict"])
 
 

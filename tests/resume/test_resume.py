@@ -1,0 +1,208 @@
+"""A run that was cut off goes on as if nothing had happened."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.commands.running import here
+
+SHORT = [
+    "trainer.max_steps=8",
+    "collector.prompts_per_collection=6",
+    "collector.steps_per_collection=3",
+    "callbacks.checkpoint.every_steps=2",
+    "callbacks.checkpoint.keep=9",
+    "evaluation.every_steps=4",
+    "evaluation.settings.problems=4",
+    "evaluation.settings.max_new_tokens=24",
+    "evaluation.teacher=false",
+    "rollout.max_new_tokens=24",
+    "trainer.accumulate_grad_batches=2",
+    "trainer.enable_progress_bar=false",
+    "reporting.peak_tflops=1",
+]
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open() as file:
+        return [{k: v for k, v in r.items() if v and not k.startswith("time/")} for r in csv.DictReader(file)]
+
+
+def same_end(folder: Path, whole: Path) -> None:
+    one, other = (load_file(f / "student" / "model.safetensors") for f in (whole, folder))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert rows(folder) == rows(whole)
+    mine, theirs = (json.loads((f / "summary.json").read_text()) for f in (folder, whole))
+    for name in ("evaluations", "accuracy_before", "accuracy_after"):
+        assert mine[name] == theirs[name]
+
+
+CASES = {
+    "default": [],
+    "ema": ["teacher=ema", "teacher.decay=0.5"],
+    "full": ["support=full", "student/lora=default"],
+    "schedule": ["experiment=esr_progressive", "scheduler=cosine"],
+}
+
+
+def cut(whole: Path, folder: Path, step: int) -> None:
+    """Leave what a kill after ``step`` optimizer steps and their checkpoint would have left, and a bit of the next."""
+    folder.mkdir(parents=True)
+    (folder / "checkpoints").mkdir()
+    text = (whole / "config.yaml").read_text().replace(str(whole), str(folder))
+    (folder / "config.yaml").write_text(text)
+    (folder / "metrics.csv").write_text((whole / "metrics.csv").read_text()[:-40])
+    for path in (whole / "checkpoints").iterdir():
+        if int(path.stem.rsplit("=", 1)[1]) <= step and not path.name.startswith("best"):
+            (folder / "checkpoints" / path.name).write_bytes(path.read_bytes())
+
+
+@pytest.fixture(scope="module")
+def wholes(tmp_path_factory):
+    """The unbroken run of each case, made when it is asked for."""
+    made: dict[str, Path] = {}
+
+    def whole(case: str) -> Path:
+        if case not in made:
+            folder = tmp_path_factory.mktemp("whole") / "run"
+            done = here("train", *SHORT, *CASES[case], folder=folder)
+            assert done.code == 0, done.err
+            made[case] = folder
+        return made[case]
+
+    return whole
+
+
+@pytest.mark.parametrize("step", [2, 4, 6, 8])
+def test_from_any_checkpoint(step, wholes, tmp_path):
+    """2: within a collection; 4: an evaluation was due; 6: at a border of collections; 8: only the student is missing."""
+    whole, folder = wholes("default"), tmp_path / "run"
+    cut(whole, folder, step)
+    done = here("train", *SHORT, "resume=auto", folder=folder)
+    assert done.code == 0, done.err
+    assert f"resumed   {folder} from step={step}.ckpt" in done.out
+    same_end(folder, whole)
+
+
+@pytest.mark.parametrize("case", ["ema", "full", "schedule"])
+def test_every_kind_of_state(case, wholes, tmp_path):
+    whole, folder = wholes(case), tmp_path / "run"
+    cut(whole, folder, 2)
+    done = here("train", *SHORT, *CASES[case], f"resume={folder}", folder=tmp_path / "new")
+    assert done.code == 0, done.err
+    same_end(folder, whole)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_damaged_checkpoint_is_passed_over(wholes, tmp_path):
+    whole, folder = wholes("default"), tmp_path / "run"
+    cut(whole, folder, 4)
+    latest = folder / "checkpoints" / "step=4.ckpt"
+    latest.write_bytes(latest.read_bytes()[:1000])
+    done = here("train", *SHORT, "resume=auto", folder=folder)
+    assert "from step=2.ckpt" in done.out
+    same_end(folder, whole)
+
+
+def test_auto_finds_the_run_of_the_same_command(wholes, tmp_path, monkeypatch):
+    """Among others, by configuration; a new folder that is not needed does not stay."""
+    whole = wholes("default")
+    cut(whole, tmp_path / "runs" / "2026-01-01" / "10-00-00", 4)
+    cut(whole, tmp_path / "runs" / "2026-01-02" / "11-00-00", 2)
+    other = tmp_path / "runs" / "2026-01-02" / "11-00-00" / "config.yaml"
+    other.write_text(other.read_text().replace("seed: 0", "seed: 9"))
+    monkeypatch.chdir(tmp_path)
+    command = [sys.executable, "-m", "opd_lightning.train", *SHORT, "resume=auto"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs" / "2026-01-01" / "10-00-00"
+    assert f"resumed   {folder} from step=4.ckpt" in done.stdout
+    assert sorted(p.name for p in (tmp_path / "runs").glob("*/*")) == ["10-00-00", "11-00-00"]
+    same_end(folder, whole)
+
+
+def test_a_finished_run_is_left_as_it_is(wholes):
+    whole = wholes("default")
+    before = (whole / "summary.json").stat().st_mtime_ns
+    done = here("train", *SHORT, "resume=auto", folder=whole)
+    assert done.code == 0, done.err
+    assert "is finished" in done.out
+    assert (whole / "summary.json").stat().st_mtime_ns == before
+
+
+def test_other_settings_are_said(wholes, tmp_path):
+    folder = tmp_path / "run"
+    cut(wholes("default"), folder, 6)
+    done = here("train", *SHORT, "optimizer.lr=1e-6", "resume=auto", folder=folder)
+    assert done.code == 0, done.err
+    assert "other settings than it began with: optimizer.lr" in done.out + done.err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["resume=nowhere"], "`resume` must be null, auto or the folder of a run, got 'nowhere'"),
+        (["resume=FOLDER", "student.dtype=bfloat16"], "`student.dtype` must be that of the run in"),
+    ],
+)
+def test_what_cannot_go_on_is_refused(overrides, sentence, wholes, tmp_path):
+    folder = tmp_path / "run"
+    cut(wholes("default"), folder, 2)
+    asked = [override.replace("FOLDER", str(folder)) for override in overrides]
+    done = here("train", *SHORT, *asked, folder=tmp_path / "new")
+    assert sentence in done.sentence
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_with_a_checkpoint(number, wholes, tmp_path):
+    whole, folder = wholes("default"), tmp_path / "run"
+    command = [sys.executable, "-m", "opd_lightning.train", *SHORT, f"hydra.run.dir={folder}"]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    while not (folder / "checkpoints" / "step=2.ckpt").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(number)
+    out, err = process.communicate()
+    assert process.returncode == 128 + number, err
+    assert "Traceback" not in out + err
+    assert f"stopped by {number.name}" in err
+    assert not (folder / "summary.json").exists()
+    done = here("train", *SHORT, "resume=auto", folder=folder)
+    assert done.code == 0, done.err
+    assert "resumed" in done.out
+    same_end(folder, whole)
+
+
+def test_a_time_limit_ends_it_with_a_checkpoint(wholes, tmp_path):
+    folder, limit = tmp_path / "run", "callbacks.stopping.after_minutes"
+    done = here("train", *SHORT, f"{limit}=0.0001", folder=folder)
+    assert done.code == 124, done.err
+    assert not list(folder.glob("checkpoints/*"))  # it had taken no step yet
+    done = here("train", *SHORT, "resume=auto", folder=folder)
+    assert done.code == 0, done.err
+    same_end(folder, wholes("default"))
+    assert f"`{limit}` must be above 0" in here("train", f"{limit}=0", folder=tmp_path / "no").sentence
+
+
+def test_a_folder_has_one_run_at_a_time(wholes, tmp_path):
+    from opd_lightning.resume.finding import alone
+
+    folder = tmp_path / "run"
+    with alone(folder):
+        done = here("train", *SHORT, folder=folder)
+    assert "a folder that no other run writes to" in done.sentence
