@@ -65,9 +65,9 @@ def shared_out(parts: Sequence[Rows], rank: int, size: int) -> Rows:
     order = torch.argsort(prompt, stable=True)
     place = torch.unique(prompt[order], return_inverse=True)[1]
     mine, group = whole.rows(order[place % size == rank]), place[place % size == rank] // size
-    if isinstance(mine, Rollout):
-        return replace(mine, group=group)
-    return replace(mine, rollout=replace(mine.rollout, group=group))
+    if isinstance(mine, Experience):
+        return replace(mine, rollout=replace(mine.rollout, group=group))
+    return replace(mine, group=group)
 
 
 def joined(parts: Sequence[Rows]) -> Rows:

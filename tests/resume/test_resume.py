@@ -51,6 +51,7 @@ CASES = {
     "ema": ["teacher=ema", "teacher.decay=0.5"],
     "full": ["support=full", "student/lora=default"],
     "schedule": ["experiment=esr_progressive", "scheduler=cosine"],
+    "ahead": ["engine.ahead=1"],
 }
 
 
@@ -84,7 +85,7 @@ def wholes(tmp_path_factory):
 
 @pytest.mark.parametrize("step", [2, 4, 6, 8])
 def test_from_any_checkpoint(step, wholes, tmp_path):
-    """2: within a collection; 4: an evaluation was due; 6: at a border of collections; 8: only the student is missing."""
+    """2: within a collection; 4: an evaluation is due; 6: at a border of collections; 8: the end."""
     whole, folder = wholes("default"), tmp_path / "run"
     cut(whole, folder, step)
     done = here("train", *SHORT, "resume=auto", folder=folder)
@@ -93,7 +94,7 @@ def test_from_any_checkpoint(step, wholes, tmp_path):
     same_end(folder, whole)
 
 
-@pytest.mark.parametrize("case", ["ema", "full", "schedule"])
+@pytest.mark.parametrize("case", ["ema", "full", "schedule", "ahead"])
 def test_every_kind_of_state(case, wholes, tmp_path):
     whole, folder = wholes(case), tmp_path / "run"
     cut(whole, folder, 2)
