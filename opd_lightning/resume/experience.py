@@ -65,9 +65,10 @@ def shared_out(parts: Sequence[Rows], rank: int, size: int) -> Rows:
     order = torch.argsort(prompt, stable=True)
     place = torch.unique(prompt[order], return_inverse=True)[1]
     mine, group = whole.rows(order[place % size == rank]), place[place % size == rank] // size
-    if isinstance(mine, Experience):
-        return replace(mine, rollout=replace(mine.rollout, group=group))
-    return replace(mine, group=group)
+
+    rollout = replace(mine if isinstance(mine, Rollout) else mine.rollout, group=group)
+    changed: Any = rollout if isinstance(mine, Rollout) else replace(mine, rollout=rollout)
+    return changed
 
 
 def joined(parts: Sequence[Rows]) -> Rows:
