@@ -61,10 +61,10 @@ class Ahead:
         """Whether a rollout is being written at this moment."""
         return self._next is not None and not self._next[1].done()
 
-    def wait(self) -> None:
-        """Return when nothing is being written; what went wrong is kept for :meth:`take`."""
+    def wait(self, seconds: float | None = None) -> None:
+        """Return when nothing is being written, or after ``seconds``; what went wrong is kept for :meth:`take`."""
         if self._next is not None:
-            wait([self._next[1]])
+            wait([self._next[1]], seconds)
 
     def take(self, collection: int) -> Written | None:
         """Hand out the rollout of this collection, waiting for it; None where another one or none was written.
@@ -76,14 +76,15 @@ class Ahead:
         kept, self._next = self._next, None
         return kept[1].result() if kept is not None and kept[0] == collection else None
 
-    def pending(self) -> tuple[int, Rollout] | None:
+    def pending(self, seconds: float | None = None) -> tuple[int, Rollout] | None:
         """Return the next collection's number and rollout for a checkpoint, waiting for it, and keep it.
 
         The weights that wrote it are gone when training resumes: it has to be saved, and given to
-        :meth:`restore`. None where there is none, or where writing it failed.
+        :meth:`restore`. None where there is none, where writing it failed, or where it is not there after
+        ``seconds`` (None: as many as it takes); a run that goes on then has it written by newer weights.
         """
-        self.wait()
-        if self._next is None or self._next[1].exception() is not None:
+        self.wait(seconds)
+        if self._next is None or self.unfinished or self._next[1].exception() is not None:
             return None
         return self._next[0], self._next[1].result().rollout
 

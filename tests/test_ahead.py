@@ -77,12 +77,17 @@ class Weights(Watch):
             self.now.append(self.toy.student(batch.rollout.tokens, Want(taken=True)).taken_logp)
 
 
-def run(engine, steps: int = 7, objective=WEIGHTED, callbacks=(), **more) -> tuple[Toy, Weights]:
-    toy = Toy(objective, steps_per_collection=2)
+def made(engine) -> Toy:
+    toy = Toy(WEIGHTED, steps_per_collection=2)
     rollout = replace(toy.data.collector.rollout, loss_horizon=Linear(start=2, end=8))
     toy.data.collector = replace(toy.data.collector, engine=engine, rollout=rollout)
+    return toy
+
+
+def run(engine, callbacks=(), **more) -> tuple[Toy, Weights]:
+    toy = made(engine)
     watch = Weights(toy)
-    toy.fit(steps, watch, *callbacks, **more)
+    toy.fit(7, watch, *callbacks, **more)
     return toy, watch
 
 
@@ -177,12 +182,17 @@ def test_a_stop_waits_for_nobody():
             raise RuntimeError("stopped")
 
     engine = Apart(seconds=60.0)
+    toy = made(engine)
     with pytest.raises(RuntimeError, match="stopped"):
-        run(engine, callbacks=[Stop()])
+        toy.fit(7, Stop())
     (thread,) = [t for t in threading.enumerate() if t.name == "ahead"]
     assert thread.daemon
+    ahead = toy.data.collector.ahead
+    assert ahead.pending(seconds=0.01) is None  # nor does the checkpoint that is written on the way out
     engine.held["stop"].set()
     thread.join()
+    number, rollout = ahead.pending()
+    assert (number, rollout.version) == (1, 0)
 
 
 def collect(collector, student, number, upcoming=0.5, version=0):

@@ -63,6 +63,8 @@ CASES = {
     "untied-topk": ["estimator=topk", "evaluation.settings.problems=1", "evaluation.every_steps=null"],
     "tied-token": ["estimator=token", "support=none", *SGD],
     "untied-token": ["estimator=token", EMPTY, *SGD],
+    # The second collection is written by the weights of the first, which both processes gather for it.
+    "tied-ahead": ["estimator=token", "engine.ahead=1", "regularizer=[importance]", *SGD],
 }
 PAIRS = [*((case, "fsdp") for case in CASES), ("tied-topk", "ddp"), ("untied-token", "ddp")]
 

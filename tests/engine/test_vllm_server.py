@@ -1,5 +1,6 @@
 """A vLLM server on loopback: the same checks as the engine in this process, and a run that learns from it."""
 
+import copy
 import csv
 import json
 import os
@@ -96,8 +97,22 @@ def test_weights_are_followed_and_a_stale_server_is_known(engine, student, monke
         student.load_state_dict(held)
 
 
-def test_a_run_learns_from_it(settings, tmp_path):
+def test_it_draws_with_what_was_sent_while_the_student_changes(settings, student):
+    engine, before = VllmServerEngine(**settings), copy.deepcopy(student)
+    prompts = ragged((40, 41, 42))
+    engine.follow(student, prompts)
+    change(student)
+    got = engine.draw(student, prompts, FREE)
+    assert teacher_forced(before, prompts, got) < 1e-3
+    assert teacher_forced(student, prompts, got) > 1e-2
+    assert teacher_forced(student, prompts, engine.generate(student, prompts, FREE)) < 1e-3
+    student.load_state_dict(before.state_dict())
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_run_learns_from_it(settings, tmp_path, ahead):
     overrides = [f"engine.{name}={value}" for name, value in settings.items()]
+    overrides += [f"engine.ahead={ahead}", f"regularizer=[{'importance' if ahead else ''}]"]
     command = [sys.executable, "-m", "opd_lightning.train", "engine=vllm_server", *overrides]
     short = [
         *("trainer.max_steps=6", "scheduler.warmup_steps=0", "evaluation.every_steps=null"),
@@ -119,6 +134,9 @@ def test_a_run_learns_from_it(settings, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "accuracy_after" in json.loads((tmp_path / "run" / "summary.json").read_text())
     with (tmp_path / "run" / "metrics.csv").open() as file:
-        losses = [float(row["train/loss"]) for row in csv.DictReader(file) if row.get("train/loss")]
+        rows = [row for row in csv.DictReader(file) if row.get("train/loss")]
+    losses = [float(row["train/loss"]) for row in rows]
     assert len(losses) == 6
     assert losses[-1] < losses[0]
+    behind = [float(row["rollout/versions_behind"]) for row in rows if row.get("rollout/versions_behind")]
+    assert set(behind) == ({0, 4} if ahead else set())  # two collections of four optimizer steps
