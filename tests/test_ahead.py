@@ -109,7 +109,7 @@ def test_responses_are_those_of_the_weights_one_collection_before(plain):
             watch.students[version].eval(), number, 2 * number / 7, version, 1, World()
         )
         assert "rollout/versions_behind" not in report.sums
-        for got, (want,) in zip(watch.batches[2 * number :], steps, strict=False):
+        for got, want in zip(watch.batches[2 * number :], steps, strict=False):
             for name in ("ids", "mask", "behavior_logp", "finish", "origin", "horizon"):
                 assert torch.equal(getattr(got.rollout, name), getattr(want.rollout, name)), name
             assert got.rollout.prompt.seeds == want.rollout.prompt.seeds
@@ -196,7 +196,7 @@ def test_a_stop_waits_for_nobody():
 
 
 def collect(collector, student, number, upcoming=0.5, version=0):
-    return collector.collect(student, number, 0.5, version, 1, World(), upcoming)
+    return collector.collect(student, number, 0.5, version, World(), upcoming)
 
 
 @pytest.mark.parametrize("engine", [PLAIN, Apart(seconds=0.2)], ids=["here", "apart"])
@@ -214,10 +214,10 @@ def test_what_is_pending_can_be_saved_and_given_back(engine, tmp_path):
     other = Toy(WEIGHTED).data.collector
     other.ahead.restore(number, torch.load(tmp_path / "rollout", weights_only=False))
     (got,), report = collect(replace(other, engine=engine), toy.student, 1, None, version=1)
-    assert torch.equal(got[0].rollout.ids, wanted[0].rollout.ids)
-    assert torch.equal(got[0].rollout.behavior_logp, wanted[0].rollout.behavior_logp)
-    assert torch.equal(got[0].collected_logp, wanted[0].collected_logp)
-    assert got[0].rollout.version == 0
+    assert torch.equal(got.rollout.ids, wanted.rollout.ids)
+    assert torch.equal(got.rollout.behavior_logp, wanted.rollout.behavior_logp)
+    assert torch.equal(got.collected_logp, wanted.collected_logp)
+    assert got.rollout.version == 0
     assert report.sums["rollout/versions_behind"] == (1.0, 1.0)
 
 
@@ -226,7 +226,7 @@ def test_text_of_another_collection_is_not_used():
     collector = replace(toy.data.collector, engine=PLAIN)
     collect(collector, toy.student.eval(), 0)
     (step,), _ = collect(collector, toy.student, 5, None, version=9)
-    assert step[0].rollout.version == 9
+    assert step.rollout.version == 9
 
 
 @pytest.mark.parametrize("ahead", [2, -1, True, 0.5, None])
