@@ -14,6 +14,7 @@ import torch
 from test_trainer import SAMPLED, Toy, Watch, sequence_divergence
 from torch import Tensor
 
+from opd_lightning.buffer import micro_batches
 from opd_lightning.clock import PhaseClock
 from opd_lightning.engine.transformers import TransformersEngine
 from opd_lightning.errors import ConfigError
@@ -106,10 +107,11 @@ def test_responses_are_those_of_the_weights_one_collection_before(plain):
     fresh = replace(toy.data.collector, engine=TransformersEngine(), clock=PhaseClock())
     for number, version in ((1, 0), (2, 2), (3, 4)):
         steps, report = fresh.collect(
-            watch.students[version].eval(), number, 2 * number / 7, version, 1, World()
+            watch.students[version].eval(), number, 2 * number / 7, version, World()
         )
         assert "rollout/versions_behind" not in report.sums
-        for got, want in zip(watch.batches[2 * number :], steps, strict=False):
+        for got, step in zip(watch.batches[2 * number :], steps, strict=False):
+            (want,) = micro_batches(step, 1)
             for name in ("ids", "mask", "behavior_logp", "finish", "origin", "horizon"):
                 assert torch.equal(getattr(got.rollout, name), getattr(want.rollout, name)), name
             assert got.rollout.prompt.seeds == want.rollout.prompt.seeds
