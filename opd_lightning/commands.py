@@ -27,6 +27,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from opd_lightning.errors import ConfigError, require
 from opd_lightning.overrides import dictionaries_replace, explain
 from opd_lightning.paths import CONF_DIR
+from opd_lightning.redaction import hide
 
 
 def folder_name(number: int | str, overrides: str) -> str:
@@ -35,7 +36,7 @@ def folder_name(number: int | str, overrides: str) -> str:
     >>> folder_name(3, "estimator=topk,student.path=/models/a")
     'estimator=topk,student.path=-models-a'
     """
-    name = re.sub(r"[/\\\s]+", "-", overrides) or str(number)
+    name = re.sub(r"[/\\\s]+", "-", hide(overrides)) or str(number)
     if len(name.encode()) > _LONGEST_NAME:
         name = f"{number}-{name.encode()[: _LONGEST_NAME - 20].decode(errors='ignore')}"
     return name
@@ -140,7 +141,7 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
             try:
                 return main(config)
             except (ConfigError, OmegaConfBaseException) as error:
-                _say(_sentence(error))
+                _say(sentence_of(error))
                 if HydraConfig.get().mode == RunMode.MULTIRUN:
                     raise
                 sys.exit(2)
@@ -180,10 +181,11 @@ def _full_error() -> Iterator[bool]:
 
 
 def _say(sentence: str) -> None:
-    print(f"error: {sentence}", file=sys.stderr, flush=True)
+    print(f"error: {hide(sentence)}", file=sys.stderr, flush=True)
 
 
-def _sentence(error: Exception) -> str:
+def sentence_of(error: Exception) -> str:
+    """Return what an error of the user's says, in one line."""
     text = " ".join(str(error).split()) or type(error).__name__
     key = getattr(error, "full_key", None)
     if isinstance(error, MissingMandatoryValue):

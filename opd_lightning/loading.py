@@ -210,6 +210,19 @@ class ReadsProblems(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a teacher's server takes.
+
+    Args:
+        tokens: most tokens of a row, prompt and response.
+        ids: most ids scored at one position; None where it does not say.
+    """
+
+    tokens: int
+    ids: int | None
+
+
 def paired(
     student_path: str, teacher: TeacherSource, trust: bool = False
 ) -> tuple[PreTrainedTokenizerBase, int]:

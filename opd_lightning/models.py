@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -31,7 +32,10 @@ PROBES = (
 )
 
 # What transformers raises for a path, a file or a library that is not what it should be.
-_UNLOADABLE = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
+_UNLOADABLE = (
+    *(OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError),
+    *(SafetensorError, StrictDataclassError),
+)
 
 _NO_WRITER = ("ForMaskedLM", "Classification", "ForQuestionAnswering", "ForPreTraining", "ForMultipleChoice")
 """Architectures that see what comes after a token, or have another head. Some of them load all the same."""

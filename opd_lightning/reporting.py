@@ -30,6 +30,7 @@ from opd_lightning.planning.report import short
 from opd_lightning.planning.run import PlannedRun
 from opd_lightning.planning.settings import Assumptions, planned_run
 from opd_lightning.protocols import Follows, RolloutSampler
+from opd_lightning.redaction import hide, redacted
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +116,7 @@ def plan(config: DictConfig, run: Run, folder: Path, micro_batches: int, process
 def _where(config: DictConfig) -> str:
     """Return the teacher's path, the address of one elsewhere, or the column that names a row's."""
     teacher = config.teacher
-    return str(teacher.get("path") or teacher.get("address") or f"by {teacher.get('column')}")
+    return hide(str(teacher.get("path") or teacher.get("address") or f"by {teacher.get('column')}"))
 
 
 def _teacher(run: Run) -> str:
@@ -145,13 +146,13 @@ def log_settings(
             # The metrics are written at step 0; later values of the same names then fill the table.
             logger.log_hyperparams(method_settings(config, overrides), accuracies or {"train/tokens": 0.0})
         else:
-            logger.log_hyperparams(plain(config) | {"overrides": " ".join(overrides)})
+            logger.log_hyperparams(redacted(plain(config)) | {"overrides": " ".join(overrides)})
 
 
 def method_settings(config: DictConfig, overrides: list[str]) -> dict[str, Any]:
     """Return the settings of the method as flat names, each part by its class, overrides first in the table."""
     settings: dict[str, Any] = {"Overrides": " ".join(overrides) or "none", "seed": config.seed}
-    values = plain(config)
+    values = redacted(plain(config))
     for group in (
         "estimator",
         "support",

@@ -7,6 +7,7 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from opd_lightning.assemble import CollectorSettings, Run, assemble
 from opd_lightning.buffer import check_one_count
 from opd_lightning.callbacks.history import EvaluationHistory
 from opd_lightning.callbacks.stopping import Stopped
+from opd_lightning.checks.run import starting
 from opd_lightning.commands import (
     build,
     check_seed,
@@ -37,6 +39,7 @@ from opd_lightning.loggers import Continues
 from opd_lightning.lora import Lora
 from opd_lightning.objective import Objective
 from opd_lightning.processes import first_process
+from opd_lightning.redaction import redacted
 from opd_lightning.reporting import closing, log_settings, plan, summarise, teacher_accuracy
 from opd_lightning.resume.files import WholeFiles
 from opd_lightning.resume.finding import Earlier, alone, differences, find, forget
@@ -75,32 +78,57 @@ def _listed(config: DictConfig, group: str) -> dict[str, Any]:
     return {name: build(part) for name, part in parts.items() if "_target_" in part}
 
 
-def run_from(config: DictConfig) -> Run:
-    """Build a run, cheap parts before models."""
-    objective = objective_from(config)
-    return assemble(
-        objective=objective,
-        rollout=build(config.rollout),
-        engine=build(config.engine),
-        collector=CollectorSettings(**plain(config.collector)),
-        evaluation=build(config.evaluation.settings),
-        optimizer=optimizer_from(config),
-        scheduler=build(config.scheduler),
-        reference=build(config.reference),
-        task=build(config.task),
-        teacher=build(config.teacher),
-        student_path=config.student.path,
-        student_dtype=config.student.dtype,
-        head_scratch_mb=config.student.head_scratch_mb,
-        temperature=config.student.scoring_temperature,
-        layout=config.student.layout,
-        compiled=config.student.compile,
-        lora=lora_from(config),
-        split=config.evaluation.split,
-        seed=config.seed,
-        peak_tflops=config.reporting.peak_tflops,
-        trust_remote_code=config.student.trust_remote_code,
-    )
+def run_from(config: DictConfig, folder: Path | None = None) -> Run:
+    """Build a run: cheap parts, checks where there is a ``folder`` for it, models.
+
+    Raises:
+        ConfigError: a configuration that cannot work.
+    """
+    parts = {name: make() for name, make in makers(config).items()}
+    if folder is not None:
+        refuse_early(config, parts, folder)
+    return assemble(**parts)
+
+
+def makers(config: DictConfig) -> dict[str, Callable[[], Any]]:
+    """Return how each argument of :func:`~opd_lightning.assemble.assemble` is built, no model among them."""
+    return {
+        "objective": lambda: objective_from(config),
+        "rollout": lambda: build(config.rollout),
+        "engine": lambda: build(config.engine),
+        "collector": lambda: CollectorSettings(**plain(config.collector)),
+        "evaluation": lambda: build(config.evaluation.settings),
+        "optimizer": lambda: optimizer_from(config),
+        "scheduler": lambda: build(config.scheduler),
+        "reference": lambda: build(config.reference),
+        "task": lambda: build(config.task),
+        "teacher": lambda: build(config.teacher),
+        "student_path": lambda: config.student.path,
+        "student_dtype": lambda: config.student.dtype,
+        "head_scratch_mb": lambda: config.student.head_scratch_mb,
+        "temperature": lambda: config.student.scoring_temperature,
+        "layout": lambda: config.student.layout,
+        "compiled": lambda: config.student.compile,
+        "lora": lambda: lora_from(config),
+        "split": lambda: config.evaluation.split,
+        "seed": lambda: config.seed,
+        "peak_tflops": lambda: config.reporting.peak_tflops,
+        "trust_remote_code": lambda: config.student.trust_remote_code,
+    }
+
+
+def refuse_early(config: DictConfig, parts: dict[str, Any], folder: Path) -> None:
+    """Look for what would go wrong later, before a model is loaded; warnings are a line each.
+
+    Raises:
+        ConfigError: there is something.
+    """
+    findings = starting(parts | {"folder": folder, "trainer": plain(config.trainer), "values": plain(config)})
+    for finding in findings:
+        if finding.level == "error":
+            raise ConfigError(finding.line)
+        if finding.level == "warning" and first_process():
+            print(f"warning   {finding.line}", flush=True)
 
 
 def lora_from(config: DictConfig) -> Lora | None:
@@ -203,16 +231,16 @@ def train(
     every = config.evaluation.every_steps
     history = EvaluationHistory(every)
     trainer = trainer_from(config, history, folder)
-    run = run_from(config)
+    run = run_from(config, folder)
     run.data.collector.check_world(trainer.world_size)  # before a child process starts
     checkpoint = None if earlier is None else earlier.checkpoint
     if earlier is not None:
-        go_on(trainer, earlier, plain(config), overrides)
+        go_on(trainer, earlier, redacted(plain(config)), overrides)
     if trainer.is_global_zero:
         say_unused_support(run.module.objective)
         folder.mkdir(parents=True, exist_ok=True)
         if checkpoint is None:
-            OmegaConf.save(config, folder / "config.yaml", resolve=True)
+            OmegaConf.save(redacted(plain(config)), folder / "config.yaml")
         count = run.data.collector.micro_batches(trainer.world_size) or trainer.accumulate_grad_batches
         print(plan(config, run, folder, count, trainer.world_size), flush=True)
     if checkpoint is None:
@@ -261,7 +289,7 @@ def earlier_run(config: DictConfig) -> Earlier | None:
     given = any(text.startswith(("hydra.run.dir=", "hydra.sweep.")) for text in hydra_config.overrides.hydra)
     # The folders that the command names by date and time, and a grid's job below them by its overrides.
     depth = 0 if given else 3 if multirun else 2
-    earlier = find(config.resume, plain(config), folder, depth)
+    earlier = find(config.resume, redacted(plain(config)), folder, depth)
     if earlier is not None and earlier.folder.resolve() != folder.resolve():
         settings: Any = HydraConfig.instance().cfg
         with read_write(settings.hydra):
@@ -284,7 +312,7 @@ def main(config: DictConfig) -> float | None:
             "whole sweep in each child; use trainer.devices=1, or run each job by its own command"
         )
     try:
-        return launched(config, list(hydra_config.overrides.task))
+        return launched(config, redacted(list(hydra_config.overrides.task)))
     finally:
         forget()
 

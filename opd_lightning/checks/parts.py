@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from opd_lightning.buffer import micro_batch_count
+from opd_lightning.checks.facts import ModelFacts
 from opd_lightning.errors import ConfigError, require
 from opd_lightning.layout import check_layout
 from opd_lightning.loading import TeacherSource, check_scratch, same_temperature
@@ -76,6 +77,11 @@ def support_size(objective: Objective, vocab: int) -> None:
     """Refuse more ids at a position than the vocabulary has."""
     most = max(objective.needs.teacher_top, objective.needs.student_top)
     require(most <= vocab, "support.k", f"be at most the vocabulary's {vocab} ids", most, "use support=full")
+
+
+def own_support_size(objective: Objective, student: ModelFacts) -> None:
+    """Refuse more ids at a position than the student's vocabulary has, for a teacher whose width is not known yet."""
+    support_size(objective, student.width)
 
 
 def budget(rollout: RolloutSampler, collector: Sizes) -> None:

@@ -58,6 +58,9 @@ class Server:
                 reason = f"{error.code} {error.read(500).decode(errors='replace').strip()}"
                 if error.code < 500:
                     break
+            except ValueError:
+                reason = f"no JSON, but {text[:60]!r}"
+                break
             except (URLError, TimeoutError, ConnectionError) as error:
                 reason = str(getattr(error, "reason", error)) or type(error).__name__
             if attempt < self.retries:
@@ -122,8 +125,14 @@ class Server:
 def check_url(url: object) -> None:
     """Raise ConfigError unless ``url`` is an http address."""
     parts = urlparse(url) if isinstance(url, str) else None
-    good = parts is not None and parts.scheme in ("http", "https") and bool(parts.netloc)
-    require(good, "engine.url", "be an http address", url, "use http://127.0.0.1:8000")
+    good = (
+        parts is not None
+        and parts.scheme in ("http", "https")
+        and bool(parts.netloc)
+        and "@" not in parts.netloc
+    )
+    remedy = "use http://127.0.0.1:8000, without a user and a password"
+    require(good, "engine.url", "be an http address", url, remedy)
 
 
 def _parameters(sampling: Sampling, width: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from opd_lightning.errors import ConfigError, require
-from opd_lightning.loading import Loading
+from opd_lightning.loading import Limits, Loading
 from opd_lightning.protocols import Scoring
 from opd_lightning.schedule import within
 from opd_lightning.serving.client import Connection, read_token
@@ -107,6 +107,15 @@ class ServedTeacher:
         info = self._info(self.connection)
         info.tokenizer.check(tokenizer, "teacher.address")
         return min(width, info.vocab)
+
+    def limits(self) -> Limits:
+        """Return what the server takes.
+
+        Raises:
+            ConfigError: it is gone or another one.
+        """
+        info = self._info(self.connection)
+        return Limits(tokens=info.context, ids=info.most_ids)
 
     def load(self, loading: Loading) -> Scoring:
         """Return the teacher, after a check that its log-probs belong to the tokens that they are asked for.

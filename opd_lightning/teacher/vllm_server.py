@@ -14,7 +14,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from opd_lightning.errors import ConfigError, require
-from opd_lightning.loading import Loading
+from opd_lightning.loading import Limits, Loading
 from opd_lightning.schedule import within
 from opd_lightning.serving.client import Connection, read_token
 from opd_lightning.types import Scores, TokenBatch, Want
@@ -86,6 +86,25 @@ class VllmTeacher:
             "use 1, or teacher=served",
         )
 
+    @property
+    def connection(self) -> Connection:
+        """A connection to the server."""
+        return Connection(
+            address=self.address.rstrip("/"),
+            token=read_token(self.token_env),
+            timeout_s=self.timeout_s,
+            patience_s=self.patience_s,
+            owner="teacher.address",
+        )
+
+    def limits(self) -> Limits:
+        """Return what the server takes; it draws a token behind each row.
+
+        Raises:
+            ConfigError: it is gone or another one.
+        """
+        return Limits(tokens=_served(self.connection)[1] - 1, ids=None)
+
     def load(self, loading: Loading) -> VllmScorer:
         """Return the teacher, after a check that its log-probs belong to the tokens that they are asked for.
 
@@ -94,13 +113,7 @@ class VllmTeacher:
         """
         loading.check_temperature(self.scoring_temperature, "teacher.scoring_temperature")
         self.check_temperature(loading.temperature)
-        connection = Connection(
-            address=self.address.rstrip("/"),
-            token=read_token(self.token_env),
-            timeout_s=self.timeout_s,
-            patience_s=self.patience_s,
-            owner="teacher.address",
-        )
+        connection = self.connection
         model, context = _served(connection)
         scorer = VllmScorer(
             connection=connection,

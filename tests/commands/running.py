@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
-from opd_lightning import choose_horizon, evaluate, plan, serve_teacher, toy_gamma, train
+from opd_lightning import choose_horizon, evaluate, plan, preflight, serve_teacher, toy_gamma, train
 
 MAINS = {
     "train": train.main,
@@ -28,6 +28,7 @@ MAINS = {
     "toy_gamma": toy_gamma.main,
     "choose_horizon": choose_horizon.main,
     "serve_teacher": serve_teacher.main,
+    "preflight": preflight.main,
 }
 
 

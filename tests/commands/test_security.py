@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 from commands.own import save_model
 from commands.running import here
 from commands.test_refusals import refusal
+from opd_lightning.commands import folder_name
+from opd_lightning.redaction import redacted
 
 SMALL = ["debug=fast", "logger=[csv]", "callbacks=[]", "evaluation.teacher=false"]
 CODE = """
@@ -85,3 +87,74 @@ def test_a_pickle_is_not_read(command, tmp_path):
     torch.save(weights, model / "pytorch_model.bin")
     done = here(command, f"student.path={model}", folder=tmp_path / "run")
     refusal(done, "student.path", "safetensors", "pytorch_model.bin alone", "save_pretrained")
+
+
+# -- secrets
+
+HUSH = "hush-hush-hush"
+
+
+def test_no_secret_is_in_a_file_or_a_line_of_a_run(tmp_path, monkeypatch):
+    """It stands in a setting, that of a folder, and in the environment: config.yaml and hparams.yaml hide it."""
+    monkeypatch.setenv("OPD_TEACHER_TOKEN", HUSH)
+    quick = [
+        "debug=fast",
+        "trainer.max_steps=1",
+        "collector.prompts_per_collection=2",
+        "evaluation.teacher=false",
+    ]
+    done = here("train", *quick, f"teacher.cache={tmp_path / HUSH}", folder=tmp_path / "run")
+    assert done.code == 0, done.err
+    assert (tmp_path / HUSH).is_dir()
+    files = {path.name: path.read_bytes() for path in done.folder.rglob("*") if path.is_file()}
+    assert {"config.yaml", "hparams.yaml", "summary.json", "metrics.csv"} <= files.keys()
+    assert not [name for name, content in files.items() if HUSH.encode() in content]
+    assert HUSH not in done.out + done.err
+    assert f"cache: {tmp_path}/***" in files["config.yaml"].decode()
+    assert "***" in files["summary.json"].decode()
+
+
+def test_an_address_with_a_password_is_refused_without_it(tmp_path):
+    served = ["teacher=served", "teacher.address=http://me:letmein@host:1"]
+    sentence = refusal(
+        here("train", *served, folder=tmp_path / "run"), "teacher.address", "http://***@host:1"
+    )
+    assert "letmein" not in sentence
+    engine = ["engine=vllm_server", "engine.url=http://me:letmein@host:1"]
+    sentence = refusal(here("train", *engine, folder=tmp_path / "run"), "engine.url", "http://***@host:1")
+    assert "letmein" not in sentence
+
+
+def test_a_grid_s_folder_is_named_without_secrets():
+    assert folder_name(3, "+logger.api_key=abc123,seed=1") == "+logger.api_key=***,seed=1"
+
+
+@pytest.mark.parametrize(
+    ("settings", "written"),
+    [
+        ({"token": "a", "n": 1}, {"token": "***", "n": 1}),
+        ({"wandb": {"api_key": "a", "apikey": "b"}}, {"wandb": {"api_key": "***", "apikey": "***"}}),
+        ({"password": None}, {"password": None}),
+        ({"url": "https://me:pw@host/x?y=1"}, {"url": "https://***@host/x?y=1"}),
+        (["logger.token=abc", "seed=1"], ["logger.token=***", "seed=1"]),
+        ({"path": "hf_abcdefghijklmnopqrst"}, {"path": "***"}),
+        (
+            {"key_env": "OWN_VARIABLE", "x": "has own-value in it"},
+            {"key_env": "OWN_VARIABLE", "x": "has *** in it"},
+        ),
+        # No secrets: tokens of text, and the names of variables.
+        ({"tokens": ["a", "<eos>"]}, {"tokens": ["a", "<eos>"]}),
+        ({"max_new_tokens": "8", "token_env": "HF_TOKEN"}, {"max_new_tokens": "8", "token_env": "HF_TOKEN"}),
+        ({"mask": {"stop_token": {"_target_": "a.b"}}}, {"mask": {"stop_token": {"_target_": "a.b"}}}),
+    ],
+)
+def test_redacted(settings, written, monkeypatch):
+    monkeypatch.setenv("OWN_VARIABLE", "own-value")
+    monkeypatch.setenv("MAX_TOKENS", "128000")
+    assert redacted(settings) == written
+    assert redacted("128000") == "128000"
+
+
+def test_a_short_value_of_the_environment_hides_no_words(monkeypatch):
+    monkeypatch.setenv("SOME_TOKEN", "seed")
+    assert redacted({"seed": "seed"}) == {"seed": "seed"}
