@@ -87,8 +87,9 @@ def report(samples: list[tuple[float, float]], steps: int, minutes: float, overr
     return [
         f"# {samples[-1][0] / 60:.0f} minutes of training, {steps} optimizer steps: {slope(late):+.1f} MB an hour",
         "",
-        f"`python benchmarks/soak.py --minutes {minutes:g} {' '.join(overrides)}` at commit "
-        f"{git_commit()}, {date.today()}, {platform.machine()}, {os.cpu_count()} cores shared with other work, one thread, torch {torch.__version__}. "
+        f"`{' '.join(['python benchmarks/soak.py --minutes', f'{minutes:g}', *overrides])}` at commit {git_commit()}, "
+        f"{date.today()}, {platform.machine()}, {os.cpu_count()} cores shared with other work, one thread, "
+        f"torch {torch.__version__}. "
         f"Resident memory of the process every {EVERY:.0f} s, with evaluations and checkpoints. After the first tenth "
         f"it lies between {least:.0f} and {most:.0f} MB; the growth is a least-squares line through those samples.",
         "",
