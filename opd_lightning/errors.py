@@ -9,6 +9,10 @@ class ConfigError(ValueError):
     """A setting, a file or a combination of parts that cannot work. The commands print it and exit with 2."""
 
 
+class RunStopped(ConfigError):
+    """A run that ends itself, with a checkpoint. The commands print the sentence and exit with 2."""
+
+
 def require(holds: bool, field: str, condition: str, value: Any, remedy: str) -> None:
     """Raise :class:`ConfigError` in the project's one form unless ``holds``.
 

@@ -58,6 +58,9 @@ class OnPolicyDistillation(L.LightningModule):
         self.__dict__["follower"] = follower
         self._progress = 0.0
         self.stepping = False
+        self._norm: Tensor | None = None
+        self.skip_step = False  # set before an optimizer step: it is logged, and nothing learns from it
+        self.noted: dict[str, float] = {}  # numbers of callbacks, logged with each step's own
 
     def configure_model(self) -> None:
         """Shard the student under ``strategy=fsdp``; elsewhere it stays as it is."""
@@ -114,12 +117,17 @@ class OnPolicyDistillation(L.LightningModule):
         collected: dict[str, float] = getattr(
             getattr(self.trainer, "datamodule", None), "take_metrics", dict
         )()
-        rate = {"train/grad_norm": self._gradient_norm(), "train/lr": optimizer.param_groups[0]["lr"]}
+        rate = {"train/grad_norm": self.gradient_norm(), "train/lr": optimizer.param_groups[0]["lr"]}
+        rate |= self.noted
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if (self.trainer.global_step + 1) % every == 0 or collected:
             self._write(logged | collected | rate)
         self.log_dict(logged | collected | rate, logger=False)
         self.log("loss", logged["train/loss"], prog_bar=True, logger=False)
+        self._norm = None
+        if self.skip_step:
+            # Without gradients no optimizer changes a weight or its state, nor decays it; a loss scaler skips too.
+            self.zero_grad(set_to_none=True)
 
     def _write(self, metrics: Mapping[str, Tensor | float]) -> None:
         """Give the loggers metrics of the run after the optimizer steps taken so far.
@@ -141,7 +149,8 @@ class OnPolicyDistillation(L.LightningModule):
         self.stepping = True
         super().optimizer_step(*args, **kwargs)
         follower: Follows | None = self.__dict__["follower"]
-        if follower is not None:
+        skipped, self.skip_step = self.skip_step, False
+        if follower is not None and not skipped:
             follower.follow(self.student, self._progress)
         self.stepping = False
 
@@ -161,6 +170,12 @@ class OnPolicyDistillation(L.LightningModule):
         if self._trainer is not None and "loops" in checkpoint:
             done = int(checkpoint["global_step"]) * self.trainer.accumulate_grad_batches
             begin_at(checkpoint["loops"], done)
+
+    def gradient_norm(self) -> Tensor:
+        """Return the L2 norm before clipping, of the whole gradient; between backward and the optimizer's step."""
+        if self._norm is None:
+            self._norm = self._gradient_norm()
+        return self._norm
 
     def _gradient_norm(self) -> Tensor:
         """Return the L2 norm over all parameters before clipping."""
