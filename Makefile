@@ -4,6 +4,7 @@ PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13,$(shell co
 VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
+WORKERS ?= 2  # processes of the default suite
 export HF_HUB_DISABLE_PROGRESS_BARS ?= 1
 
 .PHONY: setup setup-dev train test test-slow test-vllm test-shapes notebook lint clean
@@ -25,7 +26,7 @@ train: setup  ## distil the built-in student; ARGS="experiment=esr seed=1" chang
 	OMP_NUM_THREADS=2 $(BIN)/python -m opd_lightning.train $(ARGS)
 
 test: setup-dev  ## the default suite
-	$(BIN)/python -m pytest -m "not slow and not gpu and not vllm" $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not gpu and not vllm" $(ARGS)
 
 test-slow: setup-dev  ## whole runs, notebooks, the wheel, two processes
 	$(BIN)/python -m pytest -m "slow" $(ARGS)
@@ -44,7 +45,7 @@ notebook: setup-dev  ## run the notebooks and keep what they show
 	$(BIN)/jupyter-execute --inplace notebooks/*.ipynb
 
 test-shapes: setup-dev  ## unit tests with every annotated shape checked at run time
-	$(BIN)/python -m pytest tests/test_*.py tests/functional tests/parts --jaxtyping-packages=opd_lightning,shapes.check $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) tests/test_*.py tests/functional tests/parts --jaxtyping-packages=opd_lightning,shapes.check $(ARGS)
 
 lint: setup-dev
 	$(BIN)/ruff format --check .

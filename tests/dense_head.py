@@ -1,5 +1,6 @@
 """The head's modes against dense logits in float64: what their tests share."""
 
+import re
 from functools import partial
 
 import pytest
@@ -13,6 +14,11 @@ from opd_lightning.functional.divergence import jsd
 from opd_lightning.functional.head import Head
 
 N, HIDDEN, VOCAB, K = 11, 6, 13, 4
+
+
+def by_name(value) -> str:
+    """A test's name for a divergence, the same in every process."""
+    return re.sub(r" at 0x\w+", "", str(value))
 
 
 def make(n=N, seed=0, dtype=torch.float64, width=HIDDEN, **options):

@@ -11,7 +11,11 @@ from tests.distributed.test_two_processes import STUDENT, Done, train
 
 pytestmark = pytest.mark.slow
 
-SHORT = ["collector.steps_per_collection=2", "callbacks.checkpoint.every_steps=1", "callbacks.checkpoint.keep=9"]
+SHORT = [
+    "collector.steps_per_collection=2",
+    "callbacks.checkpoint.every_steps=1",
+    "callbacks.checkpoint.keep=9",
+]
 
 
 def cut(whole: Path, folder: Path, step: int) -> None:

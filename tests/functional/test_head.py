@@ -15,6 +15,7 @@ from dense_head import (
     VOCAB,
     K,
     N,
+    by_name,
     dense,
     kinds,
     make,
@@ -82,7 +83,7 @@ def test_top(options, scratch):
 
 @kinds
 @scratches
-@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=by_name)
 def test_full(options, scratch, divergence):
     hidden, head, _ = make(**options)
     teacher_hidden, teacher_head, _ = make(seed=5, width=3)
@@ -109,7 +110,7 @@ def test_many_ids_are_ranked_by_blocks():
     assert all(len(set(row)) == 3 for row in got.ids.tolist())
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=by_name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_divergence_of_certainties(divergence, dtype):
     """Logits so far apart that most probabilities are 0 in the dtype, on one side or on both."""

@@ -9,6 +9,7 @@ from dense_head import (
     HIDDEN,
     VOCAB,
     Largest,
+    by_name,
     dense,
     make,
     same_gradients,
@@ -209,7 +210,7 @@ def test_autocast_leaves_a_float64_head_alone():
     torch.testing.assert_close(value, reverse_kl(expected, expected.flip(0)))
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=by_name)
 def test_ids_that_a_bias_rules_out(divergence):
     """-inf on both sides: such an id has no probability in either, and takes part in nothing."""
     hidden, head, _ = make(bias=True)
@@ -226,7 +227,7 @@ def test_ids_that_a_bias_rules_out(divergence):
 
 
 @pytest.mark.parametrize("side", ["student", "teacher"])
-@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=by_name)
 def test_ids_that_one_sides_bias_rules_out(divergence, side):
     """The other's mass there counts as the plain form has it, log 0 as -1e4: large and not 1e20."""
     pair = [make(bias=True)[:2], make(seed=5, bias=True)[:2]]

@@ -9,6 +9,7 @@ from dense_head import (
     VOCAB,
     Largest,
     N,
+    by_name,
     dense,
     kinds,
     make,
@@ -29,7 +30,7 @@ SHARES = {
 
 
 @kinds
-@pytest.mark.parametrize("divergence", [ReverseKL(), partial(jsd, beta=0.3)], ids=str)
+@pytest.mark.parametrize("divergence", [ReverseKL(), partial(jsd, beta=0.3)], ids=by_name)
 @pytest.mark.parametrize("change", SHARES.values(), ids=SHARES)
 def test_a_share_changes_no_gradient(options, divergence, change):
     hidden, head, _ = make(**options)
@@ -106,7 +107,7 @@ def test_a_share_spares_the_backward_pass_its_products(change, weight, passes):
 
 
 @pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("divergence", [ReverseKL(), partial(jsd, beta=0.3)], ids=str)
+@pytest.mark.parametrize("divergence", [ReverseKL(), partial(jsd, beta=0.3)], ids=by_name)
 def test_a_share_makes_no_gradient_where_none_is_kept(without, divergence):
     hidden, head, _ = make()
     other, other_head, _ = make(seed=5)
