@@ -1,13 +1,15 @@
-"""A teacher behind any vLLM server: its own top ids, read from the log-probs that it gives of a prompt."""
+"""A teacher behind any vLLM server: its own top ids, read from the log-probs that it gives of a prompt.
+
+On a GPU, where the server is started for it, ids that the student chose as well.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -17,18 +19,16 @@ from opd_lightning.errors import ConfigError, require
 from opd_lightning.loading import Limits, Loading
 from opd_lightning.schedule import within
 from opd_lightning.serving.client import Connection, read_token
+from opd_lightning.teacher._vllm import Entry, GivenIds, check_alignment, refusal, served
 from opd_lightning.types import Scores, TokenBatch, Want
 
 _IN_FLIGHT = 4
 """Requests at once: a server batches them, and their JSON is read meanwhile."""
 
-Entry = Mapping[str, Mapping[str, Any]]
-"""What a server says of one position: from token ids to ``{"logprob": …, "rank": …}``."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class VllmTeacher:
-    """Names an OpenAI-compatible vLLM server, which gives its own top ids and the taken token, and no others.
+    """Names an OpenAI-compatible vLLM server, which gives its own top ids and the taken token; others if asked to.
 
     Log-probs are at temperature 1 over the whole width of the teacher's head, padding included.
 
@@ -40,6 +40,8 @@ class VllmTeacher:
         patience_s: how long a server that is gone is waited for, in seconds.
         tokens_per_request: most tokens of a request, prompts included; a longer row goes alone.
         scoring_temperature: None for the student's, which must be 1.
+        given_ids: have ids scored that the student chose, which vLLM does on a GPU with ``--enable-scale-out``;
+            it is tried at the start.
 
     Raises:
         ConfigError: a field out of its range.
@@ -52,11 +54,10 @@ class VllmTeacher:
     patience_s: float
     tokens_per_request: int
     scoring_temperature: float | None = None
+    given_ids: bool = False
 
     gives_hidden = False
     """Hidden states are not sent."""
-    scores_given_ids = False
-    """Beside the taken token it scores its own top ids alone."""
     dtype = "float32"
     """Of the log-probs that come."""
 
@@ -75,6 +76,13 @@ class VllmTeacher:
         tokens = self.tokens_per_request
         whole = isinstance(tokens, int) and not isinstance(tokens, bool) and tokens >= 1
         require(whole, "teacher.tokens_per_request", "be at least 1", tokens, "use 8192")
+        known = isinstance(self.given_ids, bool)
+        require(known, "teacher.given_ids", "be true or false", self.given_ids, "use false")
+
+    @property
+    def scores_given_ids(self) -> bool:
+        """Whether it scores others than the taken token and its own top ids."""
+        return self.given_ids
 
     def check_temperature(self, temperature: float) -> None:
         """Refuse a temperature that the server gives no log-probs at."""
@@ -103,7 +111,7 @@ class VllmTeacher:
         Raises:
             ConfigError: it is gone or another one.
         """
-        return Limits(tokens=_served(self.connection)[1] - 1, ids=None)
+        return Limits(tokens=served(self.connection)[1] - 1, ids=None)
 
     def load(self, loading: Loading) -> VllmScorer:
         """Return the teacher, after a check that its log-probs belong to the tokens that they are asked for.
@@ -114,15 +122,16 @@ class VllmTeacher:
         loading.check_temperature(self.scoring_temperature, "teacher.scoring_temperature")
         self.check_temperature(loading.temperature)
         connection = self.connection
-        model, context = _served(connection)
+        model, context = served(connection)
         scorer = VllmScorer(
             connection=connection,
             model=model,
             context=context,
             vocab=loading.vocab,
             tokens=self.tokens_per_request,
+            given=GivenIds(connection) if self.given_ids else None,
         )
-        check_alignment(scorer, loading)
+        check_alignment(scorer.entries, loading, scorer.given)
         return scorer
 
 
@@ -136,6 +145,7 @@ class VllmScorer:
         context: most tokens of a row with the one that is drawn.
         vocab: ids that both models know.
         tokens: most tokens of a request, prompts included.
+        given: scores ids that the student chose; None without.
     """
 
     connection: Connection
@@ -143,9 +153,13 @@ class VllmScorer:
     context: int
     vocab: int
     tokens: int
+    given: GivenIds | None = None
 
-    scores_given_ids = False
-    """Beside the taken token it scores its own top ids alone."""
+    @property
+    def scores_given_ids(self) -> bool:
+        """Whether it scores others than the taken token and its own top ids."""
+        return self.given is not None
+
     gives_entropy = False
     """A few log-probs do not tell it."""
 
@@ -156,14 +170,15 @@ class VllmScorer:
         """Return the taken tokens' and the top ids' log-probs; entropy is None, which a few numbers do not tell.
 
         Raises:
-            ConfigError: ids are given that are not the taken ones; hidden states are wanted; a row is longer
-                than the teacher's context; the server refuses, or is gone.
+            ConfigError: ids are given that are not the taken ones, without ``given``; hidden states are wanted;
+                a row is longer than the teacher's context; the server refuses, or is gone.
         """
         taken = support_ids is None or torch.equal(support_ids, tokens.ids.unsqueeze(-1))
-        if want.hidden or want.full or not taken:
+        if want.hidden or want.full or not (taken or self.given):
             raise ConfigError(
                 f"`support` must be the teacher's own top ids with the vLLM server at {self.connection.address}, got "
-                "ids or states that it does not give; use support=teacher, or teacher=served"
+                "ids or states that it does not give; use support=teacher, teacher=served, or for ids on a GPU "
+                "teacher.given_ids=true"
             )
         rows = [
             prompt[keep].tolist() + ids[mask].tolist()
@@ -171,9 +186,31 @@ class VllmScorer:
                 tokens.prompt_ids, tokens.prompt_mask, tokens.ids, tokens.mask, strict=True
             )
         ]
-        entries = self.entries(rows, want.top)
+        if taken or support_ids is None or self.given is None:
+            taken_logp, top_ids, top_logp = self._ranked(rows, tokens, want.top)
+            support = taken_logp.unsqueeze(-1)
+        else:
+            support = self.given(rows, support_ids, tokens.mask)
+            # Where the taken token is the first of the given ids, as the collector has it, all is said.
+            known = not want.top and torch.equal(support_ids[..., 0], tokens.ids)
+            taken_logp, top_ids, top_logp = (
+                (support[..., 0], None, None) if known else self._ranked(rows, tokens, want.top)
+            )
+        device = tokens.ids.device
+        return Scores(
+            taken_logp=taken_logp.to(device),
+            support_logp=None if want.support == "none" else support.to(device),
+            top_ids=None if top_ids is None else top_ids.to(device),
+            top_logp=None if top_logp is None else top_logp.to(device),
+        )
+
+    def _ranked(
+        self, rows: Sequence[Sequence[int]], tokens: TokenBatch, top: int
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return the log-probs of the taken tokens, and the likeliest ids with theirs, None for ``top=0``."""
+        entries = self.entries(rows, top)
         taken_logp = torch.zeros(tokens.ids.shape)
-        top_ids = torch.zeros(*tokens.ids.shape, want.top, dtype=torch.long)
+        top_ids = torch.zeros(*tokens.ids.shape, top, dtype=torch.long)
         top_logp = torch.zeros(top_ids.shape)
         for row, length in enumerate(tokens.mask.sum(-1).tolist()):
             if not length:
@@ -183,18 +220,11 @@ class VllmScorer:
             taken_logp[row, :length] = torch.tensor(
                 [entry[str(i)]["logprob"] for i, entry in zip(text, said, strict=True)]
             )
-            if want.top:
-                best = [self._best(entry, want.top) for entry in said]
+            if top:
+                best = [self._best(entry, top) for entry in said]
                 top_ids[row, :length] = torch.tensor([[i for i, _ in pairs] for pairs in best])
                 top_logp[row, :length] = torch.tensor([[logp for _, logp in pairs] for pairs in best])
-        device = tokens.ids.device
-        taken_logp, top_logp = taken_logp.to(device), top_logp.to(device)
-        return Scores(
-            taken_logp=taken_logp,
-            support_logp=None if want.support == "none" else taken_logp.unsqueeze(-1),
-            top_ids=top_ids.to(device) if want.top else None,
-            top_logp=top_logp if want.top else None,
-        )
+        return taken_logp, top_ids if top else None, top_logp if top else None
 
     def entries(self, rows: Sequence[Sequence[int]], top: int) -> list[list[Entry | None]]:
         """Return what the server says of each position of each row, the first of which has nothing before it."""
@@ -225,7 +255,7 @@ class VllmScorer:
         body = {"model": self.model, "prompt": [list(row) for row in rows], **settings}
         response = self.connection.post("/v1/completions", json.dumps(body).encode(), "application/json")
         if response.status_code != 200:
-            raise _refusal(self.connection, response.status_code, response.text, top)
+            raise refusal(self.connection, response.status_code, response.text, top)
         choices = sorted(response.json()["choices"], key=lambda choice: int(choice["index"]))
         answer: list[list[Entry | None]] = [choice["prompt_logprobs"] for choice in choices]
         for row, entries in zip(rows, answer, strict=True):
@@ -254,67 +284,3 @@ class VllmScorer:
             "use teacher=served, which ranks the shared ones alone",
         )
         return best
-
-
-def _served(connection: Connection) -> tuple[str, int]:
-    """Return the name and the context of the model that the server has."""
-    response = connection.get("/v1/models")
-    if response.status_code != 200:
-        raise _refusal(connection, response.status_code, response.text, 0)
-    try:
-        (model, *_) = response.json()["data"]
-        return str(model["id"]), int(model["max_model_len"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(
-            f"`teacher.address` must name a vLLM server, got {connection.address}, which is another one; use "
-            "teacher=served for a server of serve_teacher"
-        ) from error
-
-
-def _refusal(connection: Connection, status: int, said: str, top: int) -> ConfigError:
-    """Return the error of a request that the server refused, with the flag that lets it pass."""
-    words = " ".join(said.split())[:300]
-    remedies = {
-        401: "set teacher.token_env to the variable with its API key",
-        404: "leave the path out of it",
-    }
-    remedy = remedies.get(status, "see the server's own output")
-    if "logprobs" in words and top:
-        remedy = f"start it with --max-logprobs {top}, or set support.k to what it allows"
-    return ConfigError(
-        f"`teacher.address` must name a vLLM server that accepts these requests, got status {status} from "
-        f"{connection.address} ({words}); {remedy}"
-    )
-
-
-_TOLERANCE = 0.05
-"""Nats between two requests for the same tokens; another position or a wrong cache gives more."""
-
-
-def check_alignment(scorer: VllmScorer, loading: Loading) -> None:
-    """Refuse a teacher whose log-probs are not those of the token at their own position.
-
-    Of two rows that differ in the last token alone, everything before it must be scored alike; and a row asked
-    alone as beside another.
-
-    Raises:
-        ConfigError: they are not.
-    """
-    ids = loading.tokenizer("What is 12 plus 30? It is 42.", add_special_tokens=False)["input_ids"]
-    text = [i for i in ids if i < scorer.vocab][:12]
-    other = next(i for i in text if i != text[-1])
-    one, two = scorer.entries([text, [*text[:-1], other]], 1)
-    (alone,) = scorer.entries([text], 1)
-
-    def logp(entries: Sequence[Entry | None]) -> Tensor:
-        pairs = zip(text[1:-1], entries[1:-1], strict=True)
-        return torch.tensor([entry[str(i)]["logprob"] for i, entry in pairs if entry is not None])
-
-    gap = max(float((logp(one) - logp(row)).abs().max()) for row in (two, alone))
-    require(
-        gap <= _TOLERANCE,
-        "teacher.address",
-        "score a token by what stands before it alone",
-        f"a difference of {gap:.3g} nats",
-        "start the server without features that change log-probs",
-    )

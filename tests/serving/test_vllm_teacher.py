@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import io
 import json
 import os
 import subprocess
@@ -11,6 +13,7 @@ import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import numpy as np
 import pytest
 import torch
 from commands.own import shipped_tokenizer
@@ -43,8 +46,12 @@ def loading(**changes) -> Loading:
 
 
 @contextmanager
-def answering(model, most: int = 20, *, shift: int = 0, noise: float = 0.0):
-    """What vLLM's two routes say of ``model``; ``shift`` and ``noise`` are two ways of being wrong."""
+def answering(model, most: int = 20, *, shift: int = 0, noise: float = 0.0, late: int = 0, refused=None):
+    """What vLLM's routes say of ``model``; ``shift``, ``noise`` and ``late`` are ways of being wrong.
+
+    The route of given ids is written after vLLM 0.32's source, which answers there on a GPU alone; ``refused``
+    is a status and words in its place.
+    """
     model.eval()
     calls = []
 
@@ -62,6 +69,21 @@ def answering(model, most: int = 20, *, shift: int = 0, noise: float = 0.0):
             )
         return said
 
+    def given(asked):
+        """Row i of the ids is for prompt token start + i + 1."""
+        row, settings = asked["token_ids"], asked["sampling_params"]
+        ids, start = settings["prompt_logprob_token_ids"], settings["prompt_logprob_start"]
+        assert len(ids) == len(row) - 1 - start
+        if len(ids[0]) > most:
+            return 400, {
+                "error": {"message": f"Set max_logprobs (--max-logprobs) to at least {len(ids[0])}."}
+            }
+        with torch.no_grad():
+            logp = model(torch.tensor([row])).logits[0].log_softmax(-1)[start:-1]
+        file = io.BytesIO()
+        np.save(file, logp.roll(late, 0).gather(-1, torch.tensor(ids)).numpy())
+        return 200, {"prompt_token_id_logprobs": base64.b64encode(file.getvalue()).decode()}
+
     class Answering(BaseHTTPRequestHandler):
         def do_GET(self):
             self.answer(200, {"data": [{"id": "tiny", "max_model_len": 64}]})
@@ -69,6 +91,8 @@ def answering(model, most: int = 20, *, shift: int = 0, noise: float = 0.0):
         def do_POST(self):
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             calls.append(asked)
+            if self.path == "/inference/v1/generate":
+                return self.answer(*(refused or given(asked)))
             top = asked["prompt_logprobs"]
             if top > most:
                 words = f"Requested prompt logprobs of {top}, which is greater than max allowed: {most}"
@@ -161,6 +185,55 @@ def test_what_it_cannot_give_is_refused():
             source(**{"address": "http://127.0.0.1:9"} | {field: value})
 
 
+@pytest.mark.parametrize("top", [0, 5])
+def test_ids_that_the_student_chose_are_scored_where_the_server_can(top):
+    """The taken token first, as the collector asks, and not; with the teacher's own top ids beside them."""
+    teacher, tokens = Scorer(tiny_model(seed=3, vocab=VOCAB)), random_rollout(9, vocab=400).tokens
+    assert not tokens.mask.all()
+    chosen = torch.randint(400, (*tokens.ids.shape, 3), generator=torch.Generator().manual_seed(1))
+    want = Want(taken=True, support="exact", top=top)
+    with answering(teacher.model) as (address, calls), torch.no_grad():
+        scorer = source(address, given_ids=True).load(loading())
+        assert scorer.scores_given_ids
+        for ids in (torch.cat([tokens.ids.unsqueeze(-1), chosen], -1), chosen):
+            calls.clear()
+            got, exact = scorer(tokens, want, ids), teacher(tokens, want, ids)
+            torch.testing.assert_close(got.support_logp, exact.support_logp, atol=1e-4, rtol=0)
+            torch.testing.assert_close(got.taken_logp, exact.taken_logp, atol=1e-4, rtol=0)
+            if top:
+                assert torch.equal(got.top_ids, exact.top_ids)
+            alone = top == 0 and ids is not chosen
+            assert len(calls) == 9 if alone else len(calls) > 9
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"late": 1}, "at their own position"),
+        ({"refused": (403, {"detail": "not enabled"})}, "start the server with --enable-scale-out"),
+        ({"refused": (400, {"message": "requires the V2 model runner"})}, "run the server on a GPU"),
+        ({"refused": (200, {"choices": []})}, "an answer without them"),
+        ({"refused": (200, {"prompt_token_id_logprobs": None})}, "an answer without them"),
+        ({"refused": (200, {"prompt_token_id_logprobs": "AAAA"})}, "an answer without them"),
+        ({"most": 1}, "--max-logprobs 2"),
+    ],
+)
+def test_a_server_that_cannot_score_given_ids_is_found_at_the_start(wrong, words):
+    with (
+        answering(tiny_model(vocab=VOCAB), **wrong) as (address, _),
+        pytest.raises(ConfigError, match=rf"`teacher\.given_ids` must be false.*{words}"),
+    ):
+        source(address, given_ids=True).load(loading())
+
+
+def test_without_the_setting_nothing_is_tried():
+    with answering(tiny_model(vocab=VOCAB), refused=(403, {})) as (address, _):
+        assert not source(address).load(loading()).scores_given_ids
+    assert source("http://127.0.0.1:9", given_ids=True).scores_given_ids
+    with pytest.raises(ConfigError, match=r"teacher\.given_ids"):
+        source("http://127.0.0.1:9", given_ids="yes")
+
+
 def test_the_yaml_builds_it():
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         config = compose("train", overrides=["teacher=vllm_server", "teacher.path=somewhere"])
@@ -184,6 +257,19 @@ def test_vllm_itself_gives_the_scorers_numbers(standing):
     assert_same(scorer(tokens, WANT, tokens.ids.unsqueeze(-1)), want, 1e-3)
     with pytest.raises(ConfigError, match=r"--max-logprobs 17\b"):
         scorer(tokens, Want(taken=True, top=17), None)
+    with pytest.raises(ConfigError, match="--enable-scale-out"):
+        source(standing, given_ids=True).load(loading())
+
+
+@pytest.mark.vllm
+@pytest.mark.timeout(900)
+def test_vllm_on_a_cpu_says_that_it_scores_no_given_ids(tmp_path):
+    port = free_port()
+    with (
+        vllm_serving(model_path(TEACHER), port, "--enable-scale-out", log=tmp_path / "server.log"),
+        pytest.raises(ConfigError, match="run the server on a GPU"),
+    ):
+        source(f"http://127.0.0.1:{port}", given_ids=True).load(loading())
 
 
 @pytest.mark.vllm
