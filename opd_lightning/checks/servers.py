@@ -52,7 +52,9 @@ def engine(engine: Engine, rollout: RolloutSampler, collector: Sizes) -> Iterato
         yield warning("engine.url", condition, found.sentence, found.remedy)
         return
     rows = rows_of(rollout, collector.max_prompt_tokens)
-    remedy = "raise the server's --max-model-len, or lower rollout.max_new_tokens"
+    remedy = (
+        "raise the server's --max-model-len, or lower rollout.max_new_tokens or collector.max_prompt_tokens"
+    )
     require(
         rows is None or rows <= longest,
         "engine.url",

@@ -120,6 +120,7 @@ def test_a_run_learns_from_it(settings, tmp_path, ahead):
         *(
             "trainer.enable_progress_bar=false",
             "rollout.max_new_tokens=64",
+            "collector.max_prompt_tokens=128",  # the server holds 512 tokens a row
             f"hydra.run.dir={tmp_path / 'run'}",
         ),
     ]

@@ -283,7 +283,11 @@ def test_a_run_learns_the_same_from_it(standing, tmp_path):
         short = [
             *("trainer.max_steps=4", "collector.prompts_per_collection=8", "scheduler.warmup_steps=0"),
             *("evaluation.every_steps=null", "evaluation.settings.problems=4", "evaluation.teacher=false"),
-            *("trainer.enable_progress_bar=false", "rollout.max_new_tokens=48"),
+            *(
+                "trainer.enable_progress_bar=false",
+                "rollout.max_new_tokens=48",
+                "collector.max_prompt_tokens=128",
+            ),
         ]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run(
