@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -229,8 +230,7 @@ class Collector:
 
     def _write_ahead(self, student: Scorer, order: Order, world: World) -> None:
         """Have the weights as they are write a collection's responses: beside training, where the engine can."""
-        # What a teacher or the data writes is written in this process.
-        if not (isinstance(self.engine, DrawsApart) and self.rollout.writers == {"student"}):
+        if not (isinstance(self.engine, DrawsApart) and self._student_alone):
             self.ahead.restore(order.collection, self._roll_out(student, order, world))
             return
         prompts = self._prompts(order.collection, world).to(student.device)
@@ -240,15 +240,26 @@ class Collector:
         sent = Sent(self.engine)
         self.ahead.write(order.collection, lambda tell: self._write(sent, student, prompts, order, tell))
 
+    @property
+    def _student_alone(self) -> bool:
+        """Whether nobody else writes: what a teacher or the data writes is written in this process."""
+        return self.rollout.writers == {"student"}
+
     def _taken(self, student: Scorer, collection: int) -> Rollout | None:
         """Return what was written of this collection before, None without; waiting for it counts as generation."""
         if not self.runs_ahead:
             return None
         with self.clock.during("generate"):
             written = self.ahead.take(collection)
-            for drawn in () if written is None else written.untold:
+            if written is None:
+                return None
+            untold: Sequence[Any] = written.untold
+            if not untold and isinstance(self.engine, DrawsApart) and self._student_alone:
+                # From a checkpoint: what is written beside training is counted when it is read.
+                untold = [("student", written.rollout.prompt, written.rollout)]
+            for drawn in untold:
                 self._written(student, *drawn)
-        return None if written is None else written.rollout
+        return written.rollout
 
     # -- scoring and cutting
 

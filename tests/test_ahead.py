@@ -219,6 +219,8 @@ def test_what_is_pending_can_be_saved_and_given_back(engine, tmp_path):
     assert torch.equal(got.rollout.ids, wanted.rollout.ids)
     assert torch.equal(got.rollout.behavior_logp, wanted.rollout.behavior_logp)
     assert torch.equal(got.collected_logp, wanted.collected_logp)
+    # Here it was counted when it was written, by the clock whose state is in the checkpoint too.
+    assert other.clock.tokens["generate"] == (0 if engine is PLAIN else int(rollout.mask.sum()))
     assert got.rollout.version == 0
     assert report.sums["rollout/versions_behind"] == (1.0, 1.0)
 
