@@ -149,6 +149,8 @@ def assemble(
     parts.changing(objective, frozen, rollout, collector)
     if isinstance(frozen, FrozenScorer):
         student.set_target("teacher", frozen.scorer)
+        if objective.needs.full:
+            frozen.keep_head()
     referred = (reference or Initial()).load(loading) if objective.needs.reference else None
     if referred is not None:
         student.set_target("reference", referred.scorer)

@@ -23,7 +23,7 @@ from opd_lightning.diagnostics.horizon import DivergenceByPosition
 from opd_lightning.errors import require
 from opd_lightning.functional.divergence import reverse_kl
 from opd_lightning.layout import check_layout
-from opd_lightning.loading import FrozenScorer, Loading, check_scratch, load_scorer, paired
+from opd_lightning.loading import FrozenScorer, Loading, check_scratch, holding, load_scorer, paired
 from opd_lightning.models import check_compiled, check_dtype, eager, stop_ids
 from opd_lightning.prompts import Prompts
 from opd_lightning.protocols import Engine
@@ -55,11 +55,12 @@ class Pair:
     def measure(self, positions: Sequence[int], batch: int) -> DivergenceByPosition:
         """Return the exact KL(S||T) along one response to each of these prompts of the stream."""
         found = DivergenceByPosition()
-        for start in range(0, len(positions), batch):
-            prompts = self.prompts.stream(positions[start : start + batch]).to(self.student.device)
-            with eager(self.student.model):
-                drawn = self.engine.generate(self.student.model, prompts, self.sampling)
-            found = found.add(self._divergence(prompts, drawn.ids, drawn.mask), drawn.mask)
+        with holding(self.teacher):
+            for start in range(0, len(positions), batch):
+                prompts = self.prompts.stream(positions[start : start + batch]).to(self.student.device)
+                with eager(self.student.model):
+                    drawn = self.engine.generate(self.student.model, prompts, self.sampling)
+                found = found.add(self._divergence(prompts, drawn.ids, drawn.mask), drawn.mask)
         return found
 
     def _divergence(self, prompts: PromptBatch, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -123,6 +124,7 @@ def load(config: DictConfig) -> Pair:
     )
     teacher = source.load(loading)
     assert isinstance(teacher, FrozenScorer)
+    teacher.keep_head()
     teacher = teacher.to(config.accelerator)
     student.set_target("teacher", teacher.scorer)
     sampling = replace(_sampling(config), stop_ids=stop_ids(student.model, tokenizer), vocab=vocab)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -11,6 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from opd_lightning.errors import require
 from opd_lightning.layout import check_packed
@@ -22,7 +24,7 @@ from opd_lightning.models import (
     shared_vocabulary,
     vocabulary_width,
 )
-from opd_lightning.protocols import Scoring
+from opd_lightning.protocols import Rests, Scoring
 from opd_lightning.scorer import Scorer, check_head
 from opd_lightning.types import Problem, PromptBatch, Scores, TokenBatch, Want
 
@@ -48,6 +50,13 @@ class FrozenScorer:
         """Move the weights to ``device``, in place."""
         self.scorer.to(device)
         return self
+
+    def awake(self) -> AbstractContextManager[None]:
+        """Have the weights where they work inside the block, for whoever uses the model itself."""
+        return nullcontext()
+
+    def keep_head(self) -> None:
+        """Have the head stay where gradients flow, where it would not."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +104,7 @@ def load_scorer(
     compiled: bool = False,
     change: Callable[[PreTrainedModel], None] | None = None,
     trust: bool = False,
+    quantization: QuantizationConfigMixin | None = None,
 ) -> Scorer:
     """Load the model at ``path`` behind a scorer whose head is known to be read rightly.
 
@@ -108,11 +118,12 @@ def load_scorer(
         compiled: whether torch.compile runs its layers.
         change: what is done to the model first, adapters for instance.
         trust: whether code that comes with the model may run.
+        quantization: how its weights are quantised, None for not at all.
 
     Raises:
         ConfigError: nothing that can be loaded lies at ``path``, or its head or the layout is not supported.
     """
-    model = load_model(path, field, dtype, trust)
+    model = load_model(path, field, dtype, trust, quantization)
     if change is not None:
         change(model)
     check_packed(model, layout, path)
@@ -158,18 +169,25 @@ class Loading:
         """Refuse a model that would be scored at another temperature than the student; None is the student's."""
         same_temperature(temperature, self.temperature, field)
 
-    def frozen(self, path: str, field: str, dtype: str, trust: bool | None = None) -> Scorer:
+    def frozen(
+        self,
+        path: str,
+        field: str,
+        dtype: str,
+        trust: bool | None = None,
+        quantization: QuantizationConfigMixin | None = None,
+    ) -> Scorer:
         """Load the model at ``path``, frozen and in evaluation mode; ``field`` names it in errors.
 
         ``trust`` is whether code that comes with it may run; None for the student's own answer, for its own path
-        alone.
+        alone. ``quantization`` is of its weights.
 
         Raises:
             ConfigError: nothing that can be loaded lies at ``path``, or its head is not supported.
         """
         read = (self.vocab, self.scratch_mb, self.temperature, self.layout, self.compiled)
         trusted = (self.trusted and path == self.student_path) if trust is None else trust
-        scorer = load_scorer(path, field, dtype, *read, trust=trusted)
+        scorer = load_scorer(path, field, dtype, *read, trust=trusted, quantization=quantization)
         return scorer.eval().requires_grad_(False)
 
 
@@ -259,6 +277,11 @@ def scorers_of(model: Scoring | None) -> tuple[Scorer, ...]:
     if isinstance(model, FrozenScorer):
         return (model.scorer,)
     return tuple(getattr(model, "scorers", ()))
+
+
+def holding(model: Scoring) -> AbstractContextManager[None]:
+    """Have weights that come for a score stay until the block ends."""
+    return model.holding() if isinstance(model, Rests) else nullcontext()
 
 
 @runtime_checkable

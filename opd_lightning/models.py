@@ -11,6 +11,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,6 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from opd_lightning.errors import ConfigError, require
 from opd_lightning.paths import model_path
@@ -41,18 +43,28 @@ _NO_WRITER = ("ForMaskedLM", "Classification", "ForQuestionAnswering", "ForPreTr
 """Architectures that see what comes after a token, or have another head. Some of them load all the same."""
 
 
-def load_model(path: str, field: str, dtype: str = "float32", trust: bool = False) -> PreTrainedModel:
+def load_model(
+    path: str,
+    field: str,
+    dtype: str = "float32",
+    trust: bool = False,
+    quantization: QuantizationConfigMixin | None = None,
+) -> PreTrainedModel:
     """Load a causal language model in ``dtype`` from a folder, a hub name or ``builtin:task/role``.
 
     Safetensors only. Code that comes with the checkpoint is run where ``trust`` says so, and nowhere else.
+    ``quantization`` is how the weights are quantised.
 
     Raises:
-        ConfigError: nothing that transformers can load lies there, weights are missing, or it brings code.
+        ConfigError: nothing that transformers can load lies there, weights are missing, it brings code, or its head
+            would be quantised.
     """
     load_config(path, field, trust)
     check_dtype(dtype, field.replace("path", "dtype"))
     check_weights(Path(model_path(path)), path, field)
     settings: dict[str, Any] = {"dtype": getattr(torch, dtype), "trust_remote_code": trust}
+    if quantization is not None:
+        settings["quantization_config"] = quantization
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             model_path(path), **settings, use_safetensors=True, output_loading_info=True
@@ -66,6 +78,14 @@ def load_model(path: str, field: str, dtype: str = "float32", trust: bool = Fals
             f"`{field}` must hold every weight of a {type(model).__name__}, got {path!r} without {len(missing)} of "
             f"them (for example {missing[0]}); check the checkpoint and its config.json"
         )
+    head = getattr(model.get_output_embeddings(), "weight", None)
+    require(
+        head is None or (head.dtype.is_floating_point and not is_traceable_wrapper_subclass(head)),
+        field.replace("path", "quantization"),
+        "leave the head's weight as it is, which is read row by row",
+        type(head).__name__,
+        "name the output embedding in modules_to_not_convert, or leave include_input_output_embeddings out",
+    )
     return model
 
 

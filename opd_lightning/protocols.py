@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -282,6 +283,15 @@ class Averaged(Follows, Protocol):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take it back from a checkpoint."""
+        ...
+
+
+@runtime_checkable
+class Rests(Protocol):
+    """A model whose weights are elsewhere between its uses."""
+
+    def holding(self) -> AbstractContextManager[None]:
+        """Leave the weights where work has them until the block ends, from their first use in it on."""
         ...
 
 

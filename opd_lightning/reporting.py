@@ -196,10 +196,11 @@ def teacher_accuracy(run: Run) -> float | None:
     sampling, samples = data.evaluation.modes()[0]
     count = min(data.evaluation.problems or len(data.validation), len(data.validation))
     scorer = run.teacher.scorer
-    for graded in data.collector.evaluate(
-        scorer, data.validation, range(count), sampling, samples, data.evaluation.batch
-    ):
-        metric.update(graded)
+    with run.teacher.awake():
+        for graded in data.collector.evaluate(
+            scorer, data.validation, range(count), sampling, samples, data.evaluation.batch
+        ):
+            metric.update(graded)
     accuracy = metric.compute().get("accuracy")
     return None if accuracy is None else float(accuracy)
 

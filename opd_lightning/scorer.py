@@ -205,7 +205,11 @@ def check_head(scorer: Scorer, path: str) -> None:
     ours = scorer(tokens, Want(support="exact"), ids).support_logp
     assert ours is not None
     gap = (ours - exact).abs().max().item()
-    tolerance = 1e-3 if next(scorer.parameters()).dtype == torch.float32 else 0.3
+    # Activations that are quantised too are rounded by their neighbours in a batch.
+    whole = next(scorer.parameters()).dtype == torch.float32 and not getattr(
+        scorer.model, "is_quantized", False
+    )
+    tolerance = 1e-3 if whole else 0.3
     if gap > tolerance:
         raise ConfigError(
             f"the head of {path!r} ({type(scorer.model).__name__}) gives log-probs that differ by {gap:.3g} from "

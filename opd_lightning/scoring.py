@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from opd_lightning.errors import ConfigError, require
+from opd_lightning.loading import holding
 from opd_lightning.objective import Objective
 from opd_lightning.protocols import Routes, Scoring
 from opd_lightning.scorer import Scorer
@@ -50,7 +51,8 @@ class ScoringPass:
         lengths = rollout.prompt.mask.sum(-1) + rollout.lengths
         order = torch.argsort(lengths, stable=True)
         sizes = self.rows if self.tokens is None else _fitting(lengths[order].tolist(), self.tokens)
-        parts = [self._score(student, rollout.rows(rows)) for rows in order.split(sizes)]
+        with holding(self.teacher):
+            parts = [self._score(student, rollout.rows(rows)) for rows in order.split(sizes)]
         back = torch.argsort(order)
 
         def together(read: Callable[[Experience], Tensor]) -> Tensor:

@@ -22,6 +22,7 @@ from opd_lightning.serving.client import read_token
 from opd_lightning.serving.identity import ServerInfo, TokenizerIdentity, weights_digest
 from opd_lightning.serving.wire import VERSION
 from opd_lightning.teacher.local import LocalTeacher
+from opd_lightning.teacher.quantized import configured
 
 KEYS = {
     *("teacher", "head_scratch_mb", "layout", "accelerator", "host", "port", "token_env"),
@@ -92,11 +93,13 @@ def load(config: DictConfig) -> Bench:
     remedy = "leave it null: each run says its own, student.scoring_temperature"
     require(tau is None, "teacher.scoring_temperature", "be null in a server", tau, remedy)
     require(source.cache is None, "teacher.cache", "be null in a server", source.cache, "set it in the run")
+    require(source.offload is None, "teacher.offload", "be null in a server", source.offload, "leave it out")
     check_dtype(source.dtype, "teacher.dtype")
     named, trust = (source.path, "teacher.path"), source.trust_remote_code
     tokenizer = load_tokenizer(*named, trust)
     width, scratch = vocabulary_width(*named, trust), config.head_scratch_mb
-    scorer = load_scorer(*named, source.dtype, width, scratch, 1.0, config.layout, trust=trust)
+    how = {"trust": trust, "quantization": configured(source.quantization)}
+    scorer = load_scorer(*named, source.dtype, width, scratch, 1.0, config.layout, **how)
     model = scorer.eval().requires_grad_(False).to(config.accelerator).model
     trained = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     info = ServerInfo(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -42,18 +43,21 @@ def writers_for(
         )
     bound = partial(_bounded, stop_ids=stop_ids, vocab=student.vocab)
     view = getattr(teacher, "view", None) or (lambda prompts: prompts)
+    awake = getattr(teacher, "awake", nullcontext)
 
     def by_student(prompts: PromptBatch, sampling: Sampling) -> Generation:
         return engine.generate(student.model, prompts, bound(sampling))
 
     def by_teacher(prompts: PromptBatch, sampling: Sampling) -> Generation:
         assert isinstance(local, Scorer)
-        return engine.generate(local.model, view(prompts), bound(sampling))
+        with awake():
+            return engine.generate(local.model, view(prompts), bound(sampling))
 
     def by_both(prompts: PromptBatch, sampling: Sampling, combine: Combine) -> Generation:
         assert isinstance(local, Scorer)
         draw = engine.generate_mixed  # type: ignore[attr-defined]
-        return draw(student.model, local.model, prompts, bound(sampling), combine)  # type: ignore[no-any-return]
+        with awake():
+            return draw(student.model, local.model, prompts, bound(sampling), combine)  # type: ignore[no-any-return]
 
     return Writers(
         student=by_student,

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import (
     LlamaForCausalLM,
     MistralForCausalLM,
@@ -112,5 +112,6 @@ def _plain_weights(model: nn.Module) -> bool:
     return (
         len({weight.device for weight in weights}) == 1
         and all(weight.is_floating_point() for weight in weights)
-        and not any(isinstance(weight, DTensor) for weight in weights)
+        # Sharded or quantised: a tensor around others.
+        and not any(is_traceable_wrapper_subclass(weight) for weight in weights)
     )

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from opd_lightning.errors import ConfigError
@@ -117,7 +118,8 @@ def weights_digest(model: nn.Module) -> str:
     """
     hashed = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        flat = parameter.detach().flatten()
+        plain = parameter.detach()
+        flat = (plain.dequantize() if is_traceable_wrapper_subclass(plain) else plain).flatten()
         some = flat[:: max(1, flat.numel() // 64)][:64].float().cpu()
         hashed.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
         hashed.update(some.numpy().tobytes())

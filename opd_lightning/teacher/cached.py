@@ -7,6 +7,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from opd_lightning.errors import ConfigError, require
-from opd_lightning.loading import Loading
+from opd_lightning.loading import Loading, holding
 from opd_lightning.protocols import Scoring
 from opd_lightning.serving.wire import (
     VERSION,
@@ -65,6 +66,10 @@ class CachedScorer:
         if hasattr(self.teacher, "to"):
             self.teacher.to(device)
         return self
+
+    def holding(self) -> AbstractContextManager[None]:
+        """Have the teacher's weights stay once they have come."""
+        return holding(self.teacher)
 
     @torch.no_grad()
     def __call__(

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from opd_lightning.errors import require
 from opd_lightning.loading import FrozenScorer, Loading
 from opd_lightning.protocols import Scoring
 from opd_lightning.serving.identity import weights_digest
 from opd_lightning.teacher.cached import cached
+from opd_lightning.teacher.offloaded import Offload, OffloadedScorer
+from opd_lightning.teacher.quantized import configured
 
 __all__ = ["FrozenScorer", "LocalTeacher"]
 
@@ -22,6 +29,13 @@ class LocalTeacher:
         scoring_temperature: None for the student's, which is the only one that is accepted.
         cache: folder of a cache of its scores; see :class:`~opd_lightning.teacher.cached.CachedScorer`.
         trust_remote_code: whether Python code that comes with the checkpoint may run.
+        offload: ``"cpu"`` has the weights on the device while they score or write, and in the CPU's memory
+            otherwise; see :class:`~opd_lightning.teacher.offloaded.Offload`.
+        quantization: how transformers quantises the weights on load; the head stays as it is. See
+            :func:`~opd_lightning.teacher.quantized.configured`.
+
+    Raises:
+        ConfigError: a way to offload or quantise that there is not, or both at once.
     """
 
     path: str
@@ -29,6 +43,16 @@ class LocalTeacher:
     scoring_temperature: float | None = None
     cache: str | None = None
     trust_remote_code: bool = False
+    offload: str | None = None
+    quantization: Mapping[str, Any] | QuantizationConfigMixin | None = None
+
+    def __post_init__(self) -> None:
+        condition, remedy = "be cpu or null", "use cpu"
+        require(self.offload in (None, "cpu"), "teacher.offload", condition, self.offload, remedy)
+        whole = self.offload is None or self.quantization is None
+        condition = "be null with teacher.quantization, whose weights are not copied number by number"
+        require(whole, "teacher.offload", condition, self.offload, "use one of the two")
+        configured(self.quantization)
 
     @property
     def gives_hidden(self) -> bool:
@@ -43,7 +67,11 @@ class LocalTeacher:
                 ``path``, or its head is not supported.
         """
         loading.check_temperature(self.scoring_temperature, "teacher.scoring_temperature")
-        scorer = FrozenScorer(loading.frozen(self.path, "teacher.path", self.dtype, self.trust_remote_code))
+        named = self.path, "teacher.path", self.dtype, self.trust_remote_code
+        scorer = loading.frozen(*named, configured(self.quantization))
+        teacher = FrozenScorer(scorer)
+        if self.offload is not None:
+            teacher = OffloadedScorer(scorer=scorer, weights=Offload(scorer, self.offload))
         if self.cache is None:
-            return scorer
-        return cached(scorer, self.cache, weights_digest(scorer.scorer.model), loading)
+            return teacher
+        return cached(teacher, self.cache, weights_digest(scorer.model), loading)

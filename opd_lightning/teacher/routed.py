@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from opd_lightning.errors import ConfigError
-from opd_lightning.loading import scorers_of
+from opd_lightning.loading import holding, scorers_of
 from opd_lightning.protocols import Follows, Scoring
 from opd_lightning.scorer import Scorer
 from opd_lightning.types import Problem, PromptBatch, Scores, TokenBatch, Want
@@ -103,6 +103,14 @@ class RoutedScorer:
             if hasattr(teacher, "to"):
                 teacher.to(device)
         return self
+
+    @contextmanager
+    def holding(self) -> Iterator[None]:
+        """Have the weights of each teacher stay once they have come; those of one without a row do not come."""
+        with ExitStack() as stack:
+            for teacher in self.teachers.values():
+                stack.enter_context(holding(teacher))
+            yield
 
     def route(self, prompts: PromptBatch) -> Int[Tensor, " batch"]:
         """Return the place in ``names`` of each row's teacher, where the prompts are."""
