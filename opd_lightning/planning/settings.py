@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -240,16 +241,22 @@ def _teachers(teacher: Any, field: str, dtype: str, student: ModelShape) -> Iter
     elif teacher.get("path"):
         live = teacher.get("weights") == "live"
         shape = student if live else ModelShape.at(teacher["path"], field, trust=_trusts(teacher))
-        bits = {"8bit": 1.06, "int8": 1.06, "4bit": 0.56, "nf4": 0.56}.get(
-            str(teacher.get("quantise")).lower()
-        )
         yield Frozen(
             role="teacher",
             shape=shape,
-            width=bits or _width(dtype, field.replace("path", "dtype")),
+            width=quantised_bytes(teacher.get("quantization"))
+            or _width(dtype, field.replace("path", "dtype")),
             copy=not live,
             host=_waits(teacher),
         )
+
+
+def quantised_bytes(quantization: object) -> float | None:
+    """Return about how many bytes a weight has, scales with it, by what a way to quantise is called; None for whole."""
+    words = str(quantization or "").lower()
+    if not words:
+        return None
+    return 0.56 if re.search(r"4.?bit|bits\W+4\b|(int|fp|float|nf|nv)4", words) else 1.06
 
 
 def _waits(model: Values) -> bool:

@@ -19,7 +19,15 @@ from opd_lightning.objective import Objective
 from opd_lightning.planning.cost import cost
 from opd_lightning.planning.memory import Memory, activation_bytes, kept_bytes, memory
 from opd_lightning.planning.run import Frozen, PlannedRun, Sharding
-from opd_lightning.planning.settings import Assumptions, lengths, planned_run, sharding, state_share, world
+from opd_lightning.planning.settings import (
+    Assumptions,
+    lengths,
+    planned_run,
+    quantised_bytes,
+    sharding,
+    state_share,
+    world,
+)
 from opd_lightning.planning.shapes import ModelShape
 from opd_lightning.reduction.token_mean import TokenMean
 from opd_lightning.rollout.student import StudentRollout
@@ -196,6 +204,22 @@ def test_an_offloaded_teacher_is_on_the_device_while_it_scores():
     found = memory(planned(frozen=(teacher,)))
     assert "teacher weights" not in found.held
     assert found.host["teacher weights"] == found.phases["score"]["teacher from the CPU"] == 2 * SHAPE.weights
+
+
+@pytest.mark.parametrize(
+    ("quantization", "size"),
+    [
+        (None, None),
+        ({"quant_method": "torchao", "quant_type": "Int8WeightOnlyConfig"}, 1.06),
+        ({"quant_method": "torchao", "quant_type": "Int4WeightOnlyConfig", "group_size": 32}, 0.56),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, 0.56),
+        ({"quant_method": "gptq", "bits": 4}, 0.56),
+        ({"quant_method": "fp8"}, 1.06),
+    ],
+    ids=str,
+)
+def test_bytes_of_a_quantised_weight(quantization, size):
+    assert quantised_bytes(quantization) == size
 
 
 def test_tokens_by_hand():
