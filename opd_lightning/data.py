@@ -27,6 +27,9 @@ from opd_lightning.world import World
 
 log = logging.getLogger(__name__)
 
+_LAST_SECONDS = 60.0
+"""How long the checkpoint of a run that ends by an exception waits for text that is being written."""
+
 
 @runtime_checkable
 class Movable(Protocol):
@@ -212,7 +215,8 @@ class OnPolicyData(L.LightningDataModule):
         assert self.trainer is not None
         step, clock = self.trainer.global_step, self.collector.clock
         # Text that was written ahead is older than these weights, which could not write it again.
-        ahead = self.collector.ahead.pending()
+        # A run that an exception ends does not wait for an engine that may be gone.
+        ahead = self.collector.ahead.pending(_LAST_SECONDS if self.trainer.interrupted else None)
         own = {
             "steps": [packed(part) for part in self.remaining(step)],
             "ahead": None if ahead is None else [ahead[0], packed(ahead[1])],
@@ -245,7 +249,7 @@ class OnPolicyData(L.LightningDataModule):
             randomness.restore(processes[world.rank]["random"])
         terms, device = self.collector.objective.needs.collected_full, self.student.device
         ahead = [process["ahead"] for process in processes if process["ahead"] is not None]
-        if ahead:
+        if len(ahead) == len(processes):
             written = [unpacked_rollout(rollout) for _, rollout in ahead]
             self.collector.ahead.restore(ahead[0][0], shared_out(written, world.rank, world.size).to(device))
         self.collected_at = step

@@ -11,9 +11,11 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from test_trainer import SAMPLED, Toy, Watch, sequence_divergence
 from torch import Tensor
 
+from opd_lightning import data
 from opd_lightning.buffer import micro_batches
 from opd_lightning.clock import PhaseClock
 from opd_lightning.engine.transformers import TransformersEngine
@@ -176,24 +178,27 @@ def test_what_goes_wrong_beside_training_ends_it_in_the_same_words():
     assert done[-1] == 4  # the third collection was begun with the second, and is read after it
 
 
-def test_a_stop_waits_for_nobody():
-    """A run that ends by an error leaves its thread behind, which is none that a process waits for."""
+def test_a_stop_waits_for_nobody(tmp_path, monkeypatch):
+    """A run that ends by an error leaves its thread behind, for which neither its checkpoint nor its process waits."""
 
     class Stop(L.Callback):
         def on_train_batch_end(self, *_) -> None:
             raise RuntimeError("stopped")
 
+    monkeypatch.setattr(data, "_LAST_SECONDS", 0.1)
     engine = Apart(seconds=60.0)
     toy = made(engine)
+    saved = ModelCheckpoint(tmp_path, save_on_exception=True)
     with pytest.raises(RuntimeError, match="stopped"):
-        toy.fit(7, Stop())
+        toy.fit(7, Stop(), saved, enable_checkpointing=True)
     (thread,) = [t for t in threading.enumerate() if t.name == "ahead"]
     assert thread.daemon
-    ahead = toy.data.collector.ahead
-    assert ahead.pending(seconds=0.01) is None  # nor does the checkpoint that is written on the way out
+    (checkpoint,) = [torch.load(path, weights_only=False) for path in tmp_path.glob("*.ckpt")]
+    (process,) = checkpoint[type(toy.data).__qualname__]["processes"]
+    assert process["ahead"] is None
     engine.held["stop"].set()
     thread.join()
-    number, rollout = ahead.pending()
+    number, rollout = toy.data.collector.ahead.pending()
     assert (number, rollout.version) == (1, 0)
 
 
