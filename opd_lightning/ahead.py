@@ -19,11 +19,15 @@ Told = Callable[[Writer, PromptBatch, Generation], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """Which collection is to be written, at what progress, by the weights after how many optimizer steps."""
+    """Which collection is to be written, at what progress, by the weights after how many optimizer steps.
+
+    Responses get ``share`` of their length.
+    """
 
     collection: int
     progress: float
     version: int
+    share: float = 1.0
 
 
 @dataclass(frozen=True)

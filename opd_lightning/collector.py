@@ -46,7 +46,7 @@ from opd_lightning.types import (
     Want,
 )
 from opd_lightning.world import World
-from opd_lightning.writing import counted, writers_for
+from opd_lightning.writing import Budget, counted, shortened, writers_for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +71,7 @@ class Collector:
         clock: what takes how long, in this process.
         meter: counts the arithmetic of generation, where it follows the models; None for no counts.
         probe_rows: responses of a collection that the student scores exactly for the diagnostics.
+        budget: how long responses may be now; an alarm shortens it.
         ahead: the next collection's responses, where ``engine.ahead`` has them written before their time.
 
     Raises:
@@ -95,6 +96,7 @@ class Collector:
     clock: PhaseClock = field(default_factory=PhaseClock)
     meter: Meter | None = None
     ahead: Ahead = field(default_factory=Ahead, compare=False)
+    budget: Budget = field(default_factory=Budget, compare=False)
 
     def __post_init__(self) -> None:
         sizes = (self.prompts_per_collection, self.steps_per_collection, self.score_rows, self.probe_rows)
@@ -148,10 +150,14 @@ class Collector:
         with torch.no_grad():
             rollout = self._taken(student, collection)
             if rollout is None:
-                order = Order(collection=collection, progress=progress, version=version)
+                order = Order(
+                    collection=collection, progress=progress, version=version, share=self.budget.share
+                )
                 rollout = self._roll_out(student, order, world)
             if upcoming is not None and self.runs_ahead:
-                order = Order(collection=collection + 1, progress=upcoming, version=version)
+                order = Order(
+                    collection=collection + 1, progress=upcoming, version=version, share=self.budget.share
+                )
                 self._write_ahead(student, order, world)
             graded = self._graded(rollout)
             with self.clock.during("score"):
@@ -208,8 +214,9 @@ class Collector:
         writers = writers_for(
             engine, student, self.teacher, self.tokenizer, self.stop_ids, self.rollout.writers
         )
+        writers = counted(shortened(writers, order.share, self.budget.least), tell)
         top = self.objective.needs.student_top
-        rollout = self.rollout(prompts, counted(writers, tell), order.progress, top)
+        rollout = self.rollout(prompts, writers, order.progress, top)
         return replace(rollout, version=order.version)
 
     def _written(self, student: Scorer, writer: Writer, prompts: PromptBatch, drawn: Generation) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -65,6 +66,41 @@ def writers_for(
         gold=partial(gold_responses, tokenizer=tokenizer, stop_id=stop_ids[0]),
         mixed=by_both,
     )
+
+
+@dataclass
+class Budget:
+    """How long responses may be now: ``share`` of what the rollout asks for, but ``least`` tokens.
+
+    Mutable, one a collector: an alarm shortens the collections that follow.
+    """
+
+    share: float = 1.0
+    least: int = 1
+
+
+def shortened(writers: Writers, share: float, least: int) -> Writers:
+    """Return the writers, of which the student, alone or mixed, writes ``share`` of the tokens it is asked for.
+
+    But ``least`` tokens, as far as so many are asked for. What ends there was stopped early and not truncated.
+    """
+    if share >= 1:
+        return writers
+
+    def shorter(write: Callable[..., Generation]) -> Callable[..., Generation]:
+        def written(prompts: PromptBatch, sampling: Sampling, *more: Any) -> Generation:
+            asked = sampling.max_new_tokens
+            drawn = write(prompts, replace(sampling, max_new_tokens=_part(asked, share, least)), *more)
+            cut = drawn.finish == Finish.LENGTH
+            return replace(drawn, finish=drawn.finish.masked_fill(cut, Finish.HORIZON))
+
+        return written
+
+    return replace(writers, student=shorter(writers.student), mixed=shorter(writers.mixed))
+
+
+def _part(asked: int, share: float, least: int) -> int:
+    return min(asked, max(least, math.ceil(share * asked)))
 
 
 def counted(writers: Writers, tell: Callable[[Writer, PromptBatch, Generation], None]) -> Writers:
