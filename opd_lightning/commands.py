@@ -58,9 +58,20 @@ def build(config: DictConfig, **more: Any) -> Any:
         cause: BaseException = error
         while cause.__cause__ is not None and not isinstance(cause, ConfigError | MissingMandatoryValue):
             cause = cause.__cause__
-        if isinstance(cause, ConfigError | MissingMandatoryValue):
+        if isinstance(cause, ConfigError):
+            raise _named_in_full(cause, str(error)) from None
+        if isinstance(cause, MissingMandatoryValue):
             raise cause from None
         raise refused(config, cause) from error
+
+
+def _named_in_full(error: ConfigError, text: str) -> ConfigError:
+    """Return the error of a teacher inside ``teacher=router`` under its place there; others as they are.
+
+    It calls its own settings ``teacher.…``. ``text`` is Hydra's, which knows the place.
+    """
+    place = re.search(r"full_key: (teacher\.\S+)", text)
+    return error if place is None else type(error)(re.sub(r"^`teacher\.", f"`{place[1]}.", str(error)))
 
 
 def refused(config: DictConfig, cause: BaseException) -> ConfigError:

@@ -18,6 +18,9 @@ SMALL = [
 ]
 
 
+FAR = "+teacher@teacher"
+
+
 @pytest.fixture(scope="module")
 def own(tmp_path_factory) -> Path:
     """A student, two teachers, and sums whose column ``source`` names one of them."""
@@ -92,6 +95,8 @@ def test_the_option_alone_is_the_built_in_teacher(tmp_path):
         (["+teacher.teachers.plus=P"], "`teacher.column` must name one of plus in some row, got 'difficulty'"),
         (["+teacher.teachers.plus=P", "support=full"], "`support` must be selected ids with a served, cached or"),
         (["+teacher.teachers.plus=nowhere/at/all"], "`teacher.teachers.plus` must be a folder with a model"),
+        ([f"{FAR}.teachers.far=served", "teacher.teachers.far.address=far"], "`teacher.teachers.far.address` must"),
+        ([f"{FAR}.default=served", "teacher.default.timeout_s=0"], "error: `teacher.default.timeout_s` must be"),
         (["teacher.teachers.plus=P"], "`teacher.teachers.plus` must be set with a plus, as a name of your own"),
         (["+teacher.teachers.plus=P", "teacher.routes={sums: pluss}"], "`teacher.routes` must lead each value to one"),
     ],
