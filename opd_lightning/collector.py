@@ -219,7 +219,9 @@ class Collector:
         rollout = self.rollout(prompts, writers, order.progress, top)
         return replace(rollout, version=order.version)
 
-    def _written(self, student: Scorer, writer: Writer, prompts: PromptBatch, drawn: Generation) -> None:
+    def _written(
+        self, student: Scorer, writer: Writer, prompts: PromptBatch, drawn: Generation | Rollout
+    ) -> None:
         """Count what was generated. A teacher's prompts count as the student's, where they are longer too."""
         self.clock.count(int(drawn.mask.sum()))
         teacher = getattr(self.teacher, "scorer", None)
