@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from opd_lightning.engine.vllm_adapter import Drawn
 from opd_lightning.errors import ConfigError
+from opd_lightning.lora import adapted
 from opd_lightning.types import PromptBatch, Sampling
 
 Draw = Callable[[Sequence[Sequence[int]], Sequence[int], Sampling], list[Drawn]]
@@ -36,20 +37,29 @@ class Canary:
             prompt = ids[mask].tolist()
             self.rows.append((prompt * -(-length // len(prompt)))[:length])
 
-    def gap(self, draw: Draw, model: PreTrainedModel) -> float:
+    def gap(self, draw: Draw, model: PreTrainedModel, temperature: float = 1.0) -> float:
         """Return the largest difference of a drawn token's log-prob between the engine and ``model``, in nats.
 
-        The tokens are drawn at temperature 1 from the whole vocabulary, which an engine that reports raw
-        log-probs reports alike.
+        The tokens are drawn from the whole vocabulary. At temperature 1 an engine that reports raw log-probs
+        reports them alike; at another one it differs from one that reports those of its sampler.
         """
-        sampling = Sampling(max_new_tokens=_TOKENS)
+        sampling = Sampling(max_new_tokens=_TOKENS, temperature=temperature)
         drawn = draw(self.rows, range(1, len(self.rows) + 1), sampling)
         responses = torch.tensor([one.ids for one in drawn])
         ids = torch.cat([torch.tensor(self.rows), responses], 1).to(model.device)
         logits = model(input_ids=ids, use_cache=False, logits_to_keep=_TOKENS + 1).logits[:, :-1]
-        logp = logits.float().log_softmax(-1).gather(-1, ids[:, -_TOKENS:, None])[..., 0]
+        logp = (logits.float() / temperature).log_softmax(-1).gather(-1, ids[:, -_TOKENS:, None])[..., 0]
         theirs = torch.tensor([one.logp for one in drawn], device=logp.device)
         return float((theirs - logp).detach().abs().max())
+
+
+def due(model: PreTrainedModel, pushes: int, every: int) -> bool:
+    """Return whether the log-probs are compared after this sending.
+
+    After the first and each ``every``-th, 0 for the first alone. With adapters after each: what is sent is then
+    not what the trainer computes with, but a sum that is made for the engine.
+    """
+    return pushes == 1 or (every > 0 and (bool(adapted(model)) or pushes % every == 0))
 
 
 def tolerance_of(asked: float | None, dtype: str) -> float:

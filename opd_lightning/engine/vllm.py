@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from opd_lightning.engine.asking import as_generation, check_asked, check_length, rankable
 from opd_lightning.engine.bounds import check_ahead
-from opd_lightning.engine.canary import Canary, strayed, tolerance_of, unlike
+from opd_lightning.engine.canary import Canary, due, strayed, tolerance_of, unlike
 from opd_lightning.engine.copies import config_of, state_of, weights_of
 from opd_lightning.engine.drawn import Record
 from opd_lightning.engine.transformers import TransformersEngine
@@ -39,7 +39,8 @@ class VllmEngine:
     """Draws the student's responses with vLLM, which holds a second copy of the weights on the same device.
 
     A changed weight is sent before the next draw, all of them in place. After the first sending, and each
-    ``check_every``-th, a few tokens are drawn and their log-probs compared with the student's own.
+    ``check_every``-th, with adapters after each, a few tokens are drawn and their log-probs compared with the
+    student's own.
     The copy belongs to one model: the one of :meth:`bind`, else the first that is generated for. Others (a
     teacher that writes) are run by ``engine=transformers`` with its defaults.
 
@@ -51,7 +52,8 @@ class VllmEngine:
         rows: responses in flight at once, at most.
         enforce_eager: no CUDA graphs: slower, but less memory and a faster start. A CPU has none.
         sleep: give back the GPU's memory between generations; unused on a CPU.
-        check_every: sendings from one comparison to the next; 0 for the first alone.
+        check_every: sendings from one comparison to the next; 0 for the first alone. With adapters, unless it
+            is 0, each is compared.
         tolerance: largest difference of a log-prob in nats; None for 1e-3 in float32 and 0.3 in a half type.
         ahead: collections that are written before they are needed, by the weights of that time.
 
@@ -161,7 +163,7 @@ class VllmEngine:
                 "report it: the sending was skipped or failed",
             )
             held.canary.settle(prompts, adapter.block, adapter.longest)
-            if held.pushes == 1 or (self.check_every and held.pushes % self.check_every == 0):
+            if due(model, held.pushes, self.check_every):
                 self._compare(model, adapter)
         return adapter
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from opd_lightning.engine.asking import as_generation, check_asked, check_length, rankable
 from opd_lightning.engine.bounds import check_ahead
-from opd_lightning.engine.canary import Canary, strayed, tolerance_of
+from opd_lightning.engine.canary import Canary, due, strayed, tolerance_of
 from opd_lightning.engine.copies import config_of, state_of, weights_of
 from opd_lightning.engine.drawn import Record
 from opd_lightning.engine.transformers import TransformersEngine
@@ -51,7 +51,8 @@ class VllmServerEngine:
 
     A changed weight is written to ``folder`` with all others before the next draw, and the server told to
     reload. Each response brings the version of the weights that wrote it: another one stops the run. Log-probs
-    are compared with the student's own as with ``engine=vllm``. One process trains.
+    are compared with the student's own as with ``engine=vllm``, and at the start at another temperature too: a
+    server that gives raw log-probs is refused, since they are not those of the sampler. One process trains.
 
     Args:
         url: the server's address. It must run in development mode, which executes what it is asked to: on
@@ -62,7 +63,8 @@ class VllmServerEngine:
         in_flight: requests at once.
         timeout_s: longest wait for one answer.
         retries: of a request without an answer.
-        check_every: sendings from one comparison to the next; 0 for the first alone.
+        check_every: sendings from one comparison to the next; 0 for the first alone. With adapters, unless it
+            is 0, each is compared.
         tolerance: largest difference of a log-prob in nats; None for 1e-3 in float32 and 0.3 in a half type.
         ahead: collections that are written before they are needed, by the weights of that time: while the
             student trains on the one before.
@@ -116,7 +118,7 @@ class VllmServerEngine:
         """Draw one response for each row of ``prompts``; as :meth:`opd_lightning.engine.vllm.VllmEngine.generate`.
 
         Raises:
-            ConfigError: also a server that does not answer, or that holds other weights.
+            ConfigError: also a server that does not answer, holds other weights, or gives raw log-probs.
         """
         held = self._held
         held.model = held.model or model
@@ -164,7 +166,7 @@ class VllmServerEngine:
         self.server.reload(Path(self.folder).resolve(), held.name)
         held.state = wanted
         held.canary.settle(prompts, _BLOCK, held.longest)
-        if held.pushes == 1 or (self.check_every and held.pushes % self.check_every == 0):
+        if due(model, held.pushes, self.check_every):
             self._compare(model)
 
     def write(self, model: PreTrainedModel) -> None:
@@ -192,3 +194,12 @@ class VllmServerEngine:
             cause = "keys and values of older weights that its prefix cache kept"
             other = f"weights, dtype or logprobs mode of the server at {self.url}, or a stale head"
             raise strayed(gap, allowed, held.pushes, cause if kept else other)
+        if held.pushes == 1:
+            away = held.canary.gap(draw, model, temperature=2.0)
+            require(
+                away <= allowed,
+                "engine.url",
+                "name a server that gives log-probs of its truncated sampler",
+                f"others, {away:.3g} nats away at temperature 2",
+                "start it with --logprobs-mode processed_logprobs",
+            )
