@@ -235,10 +235,12 @@ class Limits:
     Args:
         tokens: most tokens of a row, prompt and response.
         ids: most ids scored at one position; None where it does not say.
+        flag: what raises them, to be followed by a number.
     """
 
     tokens: int
     ids: int | None
+    flag: str = "max_ids="
 
 
 def paired(

@@ -101,7 +101,7 @@ def served_rows(
             "support.k",
             "be at most what the teacher's server scores at a position",
             size,
-            f"use {limits.ids}, or raise the server's max_ids={limits.ids}",
+            f"use {limits.ids}, or start the server with {limits.flag}{size}, which now has {limits.flag}{limits.ids}",
         )
     yield ok("teacher.address", f"answers, and takes rows of {limits.tokens} tokens")
 

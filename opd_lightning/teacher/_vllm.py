@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -107,6 +108,22 @@ def served(connection: Connection) -> tuple[str, int]:
             f"`teacher.address` must name a vLLM server, got {connection.address}, which is another one; use "
             "teacher=served for a server of serve_teacher"
         ) from error
+
+
+_TOO_MANY = 2**30
+"""Top ids that no server gives: its refusal names the most that it does, and nothing is scored."""
+
+
+def most_ranked(connection: Connection, model: str) -> int | None:
+    """Return the server's ``--max-logprobs``, None where its refusal does not say it.
+
+    Raises:
+        ServerGone: the server does not answer.
+    """
+    body = {"model": model, "prompt": [[0, 0]], "max_tokens": 1, "prompt_logprobs": _TOO_MANY}
+    response = connection.post("/v1/completions", json.dumps(body).encode(), "application/json")
+    said = re.search(r"max allowed: (\d+)", response.text)
+    return int(said[1]) if response.status_code == 400 and said else None
 
 
 def refusal(connection: Connection, status: int, said: str, top: int) -> ConfigError:

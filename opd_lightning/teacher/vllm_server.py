@@ -19,7 +19,7 @@ from opd_lightning.errors import ConfigError, require
 from opd_lightning.loading import Limits, Loading
 from opd_lightning.schedule import within
 from opd_lightning.serving.client import Connection, read_token
-from opd_lightning.teacher._vllm import Entry, GivenIds, check_alignment, refusal, served
+from opd_lightning.teacher._vllm import Entry, GivenIds, check_alignment, most_ranked, refusal, served
 from opd_lightning.types import Scores, TokenBatch, Want
 
 _IN_FLIGHT = 4
@@ -111,7 +111,9 @@ class VllmTeacher:
         Raises:
             ConfigError: it is gone or another one.
         """
-        return Limits(tokens=served(self.connection)[1] - 1, ids=None)
+        connection = self.connection
+        model, context = served(connection)
+        return Limits(tokens=context - 1, ids=most_ranked(connection, model), flag="--max-logprobs ")
 
     def load(self, loading: Loading) -> VllmScorer:
         """Return the teacher, after a check that its log-probs belong to the tokens that they are asked for.

@@ -17,13 +17,15 @@ import numpy as np
 import pytest
 import torch
 from commands.own import shipped_tokenizer
+from commands.running import here
+from commands.test_refusals import refusal
 from hydra import compose, initialize_config_dir
 from tiny import random_rollout, tiny_model
 from vllm_servers import free_port, vllm_serving
 
 from opd_lightning.commands import build
 from opd_lightning.errors import ConfigError
-from opd_lightning.loading import Loading
+from opd_lightning.loading import Limits, Loading
 from opd_lightning.models import load_model
 from opd_lightning.paths import CONF_DIR, model_path
 from opd_lightning.scorer import Scorer
@@ -149,6 +151,18 @@ def test_more_ids_than_the_server_gives_name_its_flag():
             scorer(tokens, WANT, tokens.ids.unsqueeze(-1))
 
 
+def test_the_most_ids_are_asked_once_before_a_model_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr("opd_lightning.assemble.load_scorer", None)
+    arguments = ["teacher=vllm_server", f"teacher.path={TEACHER}", "collector.max_prompt_tokens=40"]
+    arguments += ["rollout.max_new_tokens=16", "support.k=5"]
+    with answering(tiny_model(vocab=VOCAB), most=4) as (address, calls):
+        assert source(address).limits() == Limits(tokens=63, ids=4, flag="--max-logprobs ")
+        calls.clear()
+        done = here("train", *arguments, f"teacher.address={address}", folder=tmp_path / "run")
+        assert len(calls) == 1
+    refusal(done, "support.k", "got 5", "use 4", "start the server with --max-logprobs 5,")
+
+
 def test_another_position_and_an_unsteady_server_are_found_at_the_start():
     with (
         answering(tiny_model(vocab=VOCAB), shift=1) as (address, _),
@@ -250,6 +264,7 @@ def standing(tmp_path_factory):
 @pytest.mark.vllm
 @pytest.mark.timeout(900)
 def test_vllm_itself_gives_the_scorers_numbers(standing):
+    assert source(standing).limits().ids == 16
     teacher, tokens = Scorer(load_model(TEACHER, "teacher.path").eval()), random_rollout(9, vocab=400).tokens
     scorer = source(standing, tokens_per_request=500).load(loading())
     with torch.no_grad():
