@@ -25,10 +25,14 @@ _PARTS: dict[str, Check] = {
     "support and estimator": parts.hidden,
     "support and teacher": parts.given_ids,
     "support.k": parts.own_support_size,
+}
+"""How the parts fit together: nothing is read for it. Assembling a run checks it again."""
+
+_TOKENIZERS: dict[str, Check] = {
     "tokenizers": pairing.tokens,
     "served tokenizer": pairing.served_tokens,
 }
-"""What assembling a run checks again, at once."""
+"""What else assembling a run checks again, at once."""
 
 _OTHERS: dict[str, Check] = {
     "devices": machine.devices,
@@ -51,18 +55,19 @@ _OTHERS: dict[str, Check] = {
 
 
 def starting(given: Mapping[str, Any]) -> list[Finding]:
-    """Return what is found at the start of a run, whose assembling finds the rest.
+    """Return what is found at the start of a run, whose assembling finds the rest; parts that do not fit first.
 
     Args:
         given: the arguments of :func:`~opd_lightning.assemble.assemble`, with the ``folder`` of the run, the
             settings ``trainer``, and all of them in ``values``. What needs something that is left out is not checked.
     """
-    return list(_look(_OTHERS, given))
+    wrong = [finding for finding in look(_PARTS, given) if finding.level == "error"]
+    return wrong or list(_look(_OTHERS, given))  # which may wait for a server
 
 
 def everything(given: Mapping[str, Any]) -> list[Finding]:
     """Return what can be found without loading a model; see :func:`starting`."""
-    return list(_look(_PARTS | _OTHERS, given))
+    return list(_look(_PARTS | _TOKENIZERS | _OTHERS, given))
 
 
 def _look(checks: Mapping[str, Check], given: Mapping[str, Any]) -> Iterator[Finding]:
