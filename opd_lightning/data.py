@@ -21,7 +21,7 @@ from opd_lightning.prompts import Prompts
 from opd_lightning.resume import randomness
 from opd_lightning.resume.experience import packed, shared_out, unpacked, unpacked_rollout
 from opd_lightning.scorer import Scorer
-from opd_lightning.sharding import unsharded
+from opd_lightning.sharding import scorer_of, unsharded
 from opd_lightning.types import Experience, Graded, Sampling
 from opd_lightning.world import World
 
@@ -128,9 +128,7 @@ class OnPolicyData(L.LightningDataModule):
     def student(self) -> Scorer:
         """The scorer that the trainer trains."""
         assert self.trainer is not None
-        student = self.trainer.lightning_module.student
-        assert isinstance(student, Scorer)
-        return student
+        return scorer_of(self.trainer.lightning_module.student)  # type: ignore[arg-type]
 
     @property
     def world(self) -> World:

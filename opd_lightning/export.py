@@ -6,10 +6,13 @@ from pathlib import Path
 
 import lightning as L
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from opd_lightning.lora import adapted, merged, save_adapter
+from opd_lightning.models import named_weights
 from opd_lightning.module import OnPolicyDistillation
+from opd_lightning.sharding import unsharded
 
 
 def save_student(
@@ -18,25 +21,21 @@ def save_student(
     """Write model, generation config and tokenizer to ``folder`` on the first process.
 
     Adapters are merged into the written weights, and written by themselves to ``folder/adapter`` too.
-    Sharded parameters are gathered by every process, so that all must call it, and held by the first.
+    Sharded parameters are gathered as for a collection, so that all processes must call it.
     """
-    model = module.student.model
-    parameters = model.state_dict(keep_vars=True)
-    # Tied names share one parameter: it is gathered once and stays one tensor, which is then written once.
-    whole: dict[Tensor, Tensor] = {}
-    for parameter in dict.fromkeys(parameters.values()):
-        gathered = _whole(parameter)
+    model = module.scorer.model
+    with unsharded(module.scorer):
         if trainer.is_global_zero:
-            whole[parameter] = gathered
-    if trainer.is_global_zero:
-        state = {name: whole[p] for name, p in parameters.items()}
-        if adapted(model):
-            save_adapter(model, folder / "adapter")
-            state = merged(model, state)
-        model.save_pretrained(folder, state_dict=state)
-        tokenizer.save_pretrained(folder)
+            state = _state(model)
+            if adapted(model):
+                save_adapter(model, folder / "adapter")
+                state = merged(model, state)
+            model.save_pretrained(folder, state_dict=state)
+            tokenizer.save_pretrained(folder)
 
 
-def _whole(value: Tensor) -> Tensor:
-    whole = value.full_tensor() if hasattr(value, "full_tensor") else value
-    return whole.detach().cpu()
+def _state(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return every weight on the CPU by its name; names that are tied share one tensor, to be written once."""
+    named = dict(named_weights(model))
+    whole: dict[Tensor, Tensor] = {tensor: tensor.detach().cpu() for tensor in dict.fromkeys(named.values())}
+    return {name: whole[tensor] for name, tensor in named.items()}

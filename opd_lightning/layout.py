@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from opd_lightning.errors import ConfigError, require
+from opd_lightning.models import is_sharded
 from opd_lightning.types import TokenBatch
 
 LAYOUTS = ("auto", "padded", "buckets", "packed")
@@ -94,8 +94,7 @@ def choose(layout: str, model: PreTrainedModel) -> str:
     """
     if layout == "auto":
         layout = "packed" if _flash(model) else "buckets"
-    sharded = any(isinstance(module, FSDPModule) for module in model.modules())
-    return "padded" if layout == "buckets" and sharded else layout
+    return "padded" if layout == "buckets" and is_sharded(model) else layout
 
 
 def buckets(lengths: Sequence[int], call: float) -> list[list[int]]:

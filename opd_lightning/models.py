@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import (
     AutoConfig,
@@ -188,6 +189,27 @@ def repeated_layers(model: nn.Module) -> list[nn.Module]:
     """Return a model's decoder layers: the members of its longest module list."""
     lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList)]
     return max(lists, key=len, default=[])
+
+
+def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield every parameter and saved buffer under each name that it has: a tied head too, beside the embedding."""
+    # Not state_dict(): under FSDP2 it would shard again what is gathered just now.
+    yield from model.named_parameters(remove_duplicate=False)
+    for path, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield f"{path}.{name}" if path else name, buffer
+
+
+def mark_sharded(model: nn.Module) -> None:
+    """Remember that every call of ``model`` gathers weights, by all processes together."""
+    model.__dict__["_weights_are_sharded"] = True
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Return whether the weights of ``model`` are spread over processes, gathered just now or not."""
+    marked = model.__dict__.get("_weights_are_sharded", False)
+    return marked or any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def compile_layers(model: nn.Module) -> None:

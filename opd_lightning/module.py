@@ -7,18 +7,18 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from opd_lightning.diagnostics.responses import ResponseMetrics
 from opd_lightning.errors import require
-from opd_lightning.lora import adapted
 from opd_lightning.objective import Objective
 from opd_lightning.protocols import Averaged, Follows
 from opd_lightning.resume.loops import begin_at
 from opd_lightning.scorer import Scorer
-from opd_lightning.sharding import shard
+from opd_lightning.sharding import scorer_of, scores_of, shard, total_norm, unsharded, wrap
 from opd_lightning.types import Experience, Graded
 
 
@@ -47,7 +47,7 @@ class OnPolicyDistillation(L.LightningModule):
         follower: Follows | None = None,
     ) -> None:
         super().__init__()
-        self.student = student
+        self.student: nn.Module = student
         self.objective = objective
         self.make_optimizer = optimizer
         self.make_scheduler = scheduler
@@ -62,44 +62,33 @@ class OnPolicyDistillation(L.LightningModule):
         self.skip_step = False  # set before an optimizer step: it is logged, and nothing learns from it
         self.noted: dict[str, float] = {}  # numbers of callbacks, logged with each step's own
 
+    @property
+    def scorer(self) -> Scorer:
+        """The student without a strategy's wrapper."""
+        return scorer_of(self.student)
+
     def configure_model(self) -> None:
-        """Shard the student under ``strategy=fsdp``; elsewhere it stays as it is."""
-        mesh = getattr(self, "device_mesh", None)
-        if mesh is not None and not self._sharded:
-            self._refuse_sharding()
-            shard(self.student, mesh["data_parallel"])
+        """Shard the student under ``strategy=fsdp`` and ``fsdp1``; elsewhere it stays as it is."""
+        mesh, strategy = getattr(self, "device_mesh", None), self.trainer.strategy
+        if self._sharded:
+            return
+        if mesh is not None:
+            shard(self.scorer, mesh["data_parallel"])
             self._sharded = True
-
-    def _refuse_sharding(self) -> None:
-        """Refuse what reads whole weights between the steps.
-
-        Raises:
-            ConfigError: a teacher that follows the student, or adapters.
-        """
-        require(
-            self.__dict__["follower"] is None,
-            "strategy",
-            "leave the student whole for a teacher that follows it",
-            "fsdp",
-            "use strategy=ddp, or teacher=self",
-        )
-        require(
-            not adapted(self.student.model),
-            "strategy",
-            "leave a student with adapters whole",
-            "fsdp",
-            "use strategy=ddp, or student.lora=null",
-        )
+        elif isinstance(strategy, FSDPStrategy):
+            self.student = wrap(self.scorer, strategy.root_device)
+            self._sharded = True
 
     def training_step(self, experience: Experience, batch_idx: int) -> Tensor:
         """Return this micro-batch's part of the optimizer step's loss, scaled against Lightning's means."""
-        scores = self.student(
+        answer = self.student(
             experience.rollout.tokens,
             self.objective.want,
             experience.support_ids,
             experience.hidden,
             experience.share if self.objective.shares_alone else None,
         )
+        scores = scores_of(answer)
         loss, metrics = self.objective.loss(scores, experience, experience.progress)
         tokens = (experience.share > 0).sum().to(loss.dtype)
         parts = {"loss": loss.detach(), **metrics, "tokens": tokens}
@@ -109,6 +98,8 @@ class OnPolicyDistillation(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Log the optimizer step's loss and metrics, summed over micro-batches and ranks, and the gradient norm."""
+        if self._between():
+            return
         sums = self.trainer.strategy.reduce(torch.stack(list(self._sums.values())), reduce_op="sum")
         assert isinstance(sums, Tensor)
         logged = dict(zip(self._sums, sums.tolist(), strict=True))
@@ -117,8 +108,9 @@ class OnPolicyDistillation(L.LightningModule):
         collected: dict[str, float] = getattr(
             getattr(self.trainer, "datamodule", None), "take_metrics", dict
         )()
-        rate = {"train/grad_norm": self.gradient_norm(), "train/lr": optimizer.param_groups[0]["lr"]}
-        rate |= self.noted
+        rate = self.noted | {"train/lr": optimizer.param_groups[0]["lr"]}
+        if not self.trainer.strategy.handles_gradient_accumulation:  # DeepSpeed knows the norm after its step
+            rate["train/grad_norm"] = float(self.gradient_norm())
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if (self.trainer.global_step + 1) % every == 0 or collected:
             self._write(logged | collected | rate)
@@ -148,11 +140,20 @@ class OnPolicyDistillation(L.LightningModule):
         """Take the step, and let a teacher that follows the student take its new weights, before any checkpoint."""
         self.stepping = True
         super().optimizer_step(*args, **kwargs)
-        follower: Follows | None = self.__dict__["follower"]
-        skipped, self.skip_step = self.skip_step, False
-        if follower is not None and not skipped:
-            follower.follow(self.student, self._progress)
+        if not self._between():
+            if self.trainer.strategy.handles_gradient_accumulation:
+                self._write({"train/grad_norm": self.trainer.model.get_global_grad_norm()})  # type: ignore[union-attr, operator]
+            follower: Follows | None = self.__dict__["follower"]
+            skipped, self.skip_step = self.skip_step, False
+            if follower is not None and not skipped:
+                with unsharded(self.scorer):
+                    follower.follow(self.scorer, self._progress)
         self.stepping = False
+
+    def _between(self) -> bool:
+        """Return whether a strategy that accumulates by itself, DeepSpeed's, is asked between two steps."""
+        itself = self.trainer.strategy.handles_gradient_accumulation
+        return itself and bool(self.trainer.fit_loop._should_accumulate())
 
     # -- checkpoints
 
@@ -174,14 +175,8 @@ class OnPolicyDistillation(L.LightningModule):
     def gradient_norm(self) -> Tensor:
         """Return the L2 norm before clipping, of the whole gradient; between backward and the optimizer's step."""
         if self._norm is None:
-            self._norm = self._gradient_norm()
+            self._norm = total_norm(self.student)
         return self._norm
-
-    def _gradient_norm(self) -> Tensor:
-        """Return the L2 norm over all parameters before clipping."""
-        gradients = [p.grad for p in self.student.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
     def validation_step(self, graded: Graded, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Count one batch of graded responses."""

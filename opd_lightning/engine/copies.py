@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from opd_lightning.lora import adapted, merged
+from opd_lightning.models import is_sharded, named_weights
 
 
 def state_of(model: PreTrainedModel, version: int | None) -> Hashable:
@@ -21,8 +21,7 @@ def state_of(model: PreTrainedModel, version: int | None) -> Hashable:
     stand where each parameter lies and how often it was written in place. Sharded parameters say neither
     when they are gathered: there the version has to do, and without one nothing equals anything.
     """
-    sharded = any(isinstance(module, FSDPModule) for module in model.modules())
-    if sharded or any(p.is_inference() for p in model.parameters()):
+    if is_sharded(model) or any(p.is_inference() for p in model.parameters()):
         return object() if version is None else version
     return version, tuple((p.data_ptr(), p._version) for p in model.parameters())
 
@@ -42,19 +41,10 @@ def weights_of(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     they would be in a checkpoint, since an engine may hold a copy for each.
     """
     if adapted(model):
-        yield from merged(model, {name: _whole(w) for name, w in _named(model)}).items()
+        yield from merged(model, {name: _whole(w) for name, w in named_weights(model)}).items()
     else:
-        for name, weight in _named(model):
+        for name, weight in named_weights(model):
             yield name, _whole(weight)
-
-
-def _named(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    # Not state_dict(): under FSDP2 it would shard again what was gathered for this generation.
-    yield from model.named_parameters(remove_duplicate=False)
-    for path, module in model.named_modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set:
-                yield f"{path}.{name}" if path else name, buffer
 
 
 def _whole(weight: Tensor) -> Tensor:

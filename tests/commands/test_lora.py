@@ -15,7 +15,6 @@ from commands.running import Finished, here
 from opd_lightning.engine.transformers import TransformersEngine
 from opd_lightning.errors import ConfigError
 from opd_lightning.lora import Lora, adapted, merged
-from opd_lightning.module import OnPolicyDistillation
 from opd_lightning.scorer import Scorer
 from opd_lightning.types import Sampling, Want
 
@@ -158,15 +157,6 @@ def test_names_the_extra_that_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ConfigError, match=r"`student.lora` must be null without peft.*opd-lightning\[lora\]"):
         lora().add_to(tiny_model(), 0)
-
-
-@pytest.mark.parametrize("why", ["adapters", "follower"])
-def test_refuses_sharding(why):
-    student = Scorer(with_adapters() if why == "adapters" else tiny_model())
-    module = OnPolicyDistillation(student, None, None, None, object() if why == "follower" else None)
-    module.__dict__["_device_mesh"] = {"data_parallel": None}
-    with pytest.raises(ConfigError, match=r"`strategy` must leave .* got 'fsdp'"):
-        module.configure_model()
 
 
 # -- through the command

@@ -1,4 +1,4 @@
-"""FSDP2 around a scorer, in a world of one process: the same numbers, whole inside the block, shards outside."""
+"""FSDP2 and FSDP1 around a scorer, in a world of one process: the same numbers, whole inside the block."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ import torch
 import torch.distributed as dist
 from tiny import random_experience, tiny_model
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from opd_lightning import layout
 from opd_lightning.divergence.reverse_kl import ReverseKL
 from opd_lightning.engine.transformers import TransformersEngine
+from opd_lightning.lora import Lora, adapters_off, merged
+from opd_lightning.models import is_sharded, named_weights
 from opd_lightning.scorer import Scorer
-from opd_lightning.sharding import decoder_layers, shard, unsharded
+from opd_lightning.sharding import decoder_layers, total_norm, scorer_of, shard, unsharded, wrap
+from opd_lightning.teacher.self_teacher import AveragedScorer
 from opd_lightning.types import FullTerm, Sampling, Want
 
 BATCH = random_experience(5)
@@ -49,9 +53,13 @@ def learn(scorer: Scorer, want: Want) -> torch.Tensor:
     return loss.detach()
 
 
+def whole_of(weight: torch.Tensor) -> torch.Tensor:
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight.data
+
+
 def assert_equal_weights(sharded: Scorer, whole: Scorer) -> None:
     for (name, mine), theirs in zip(sharded.named_parameters(), whole.parameters(), strict=True):
-        torch.testing.assert_close(mine.full_tensor(), theirs.data, atol=1e-6, rtol=1e-6, msg=name)
+        torch.testing.assert_close(whole_of(mine), theirs.data, atol=1e-6, rtol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("want", WANTS.values(), ids=WANTS)
@@ -146,3 +154,78 @@ def test_decoder_layers_are_the_longest_list():
     scorer = Scorer(tiny_model())
     scorer.model.adapters = torch.nn.ModuleList([torch.nn.Identity()])
     assert decoder_layers(scorer) == list(scorer.model.model.layers)
+
+
+@pytest.fixture(params=[True, False], ids=["tied", "untied"])
+def wrapped(request, mesh) -> tuple[FullyShardedDataParallel, Scorer]:
+    """A student inside FSDP1 and the same one whole."""
+    inner, whole = (Scorer(tiny_model(tied=request.param)) for _ in range(2))
+    return wrap(inner, torch.device("cpu")), whole
+
+
+@pytest.mark.parametrize("want", WANTS.values(), ids=WANTS)
+def test_a_wrapped_student_learns_the_same(wrapped, want):
+    root, whole = wrapped
+    for _ in range(3):
+        with unsharded(scorer_of(root)):
+            scorer_of(root)(BATCH.rollout.tokens, want, BATCH.support_ids)
+        torch.testing.assert_close(learn(root, want), learn(whole, want), atol=1e-4, rtol=1e-6)
+        torch.testing.assert_close(total_norm(root), total_norm(whole))
+    with unsharded(scorer_of(root)):
+        mine = dict(scorer_of(root).named_parameters(remove_duplicate=False))
+        assert mine.keys() == dict(whole.named_parameters(remove_duplicate=False)).keys()
+        for name, theirs in whole.named_parameters(remove_duplicate=False):
+            torch.testing.assert_close(mine[name].data, theirs.data, atol=1e-6, rtol=1e-6, msg=name)
+
+
+def test_inside_the_block_a_wrapped_student_is_plain_and_outside_it_is_not(wrapped):
+    scorer = scorer_of(wrapped[0])
+
+    def inner() -> int:
+        return sum(isinstance(module, FullyShardedDataParallel) for module in scorer.modules())
+
+    assert inner() == len(decoder_layers(scorer)) == 2
+    with unsharded(scorer):
+        assert inner() == 0
+        assert is_sharded(scorer.model)  # a copy of its weights is known by their version alone
+    assert inner() == len(decoder_layers(scorer)) == 2
+
+
+def test_adapters_learn_the_same_sharded(mesh):
+    """A frozen base and trained adapters in one group."""
+    pytest.importorskip("peft")
+    lora = Lora(rank=4, alpha=8, dropout=0.0, target_modules="all-linear")
+    sharded, whole = (Scorer(tiny_model()) for _ in range(2))
+    for scorer in (sharded, whole):
+        lora.add_to(scorer.model, seed=0)
+    shard(sharded, mesh)
+    for _ in range(2):
+        torch.testing.assert_close(
+            learn(sharded, WANTS["exact"]), learn(whole, WANTS["exact"]), atol=1e-4, rtol=1e-6
+        )
+    with unsharded(sharded), adapters_off(sharded.model):
+        off = sharded(BATCH.rollout.tokens, Want(taken=True)).taken_logp
+    expected = Scorer(tiny_model())(BATCH.rollout.tokens, Want(taken=True)).taken_logp
+    torch.testing.assert_close(off, expected.detach(), atol=1e-5, rtol=1e-5)
+    assert_equal_weights(sharded, whole)
+    trained = {name for name, p in sharded.named_parameters() if p.requires_grad}
+    assert trained == {name for name, p in whole.named_parameters() if p.requires_grad}
+    expected = merged(whole.model, dict(named_weights(whole.model)))
+    with unsharded(sharded):
+        found = merged(sharded.model, dict(named_weights(sharded.model)))
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name].data, tensor.detach(), atol=1e-6, rtol=1e-6)
+
+
+def test_an_average_follows_a_sharded_student(pair):
+    averages = [AveragedScorer(Scorer(tiny_model(seed=1, tied=t)), decay=0.5) for t in [_tied(pair[1])] * 2]
+    for scorer, average in zip(pair, averages, strict=True):
+        learn(scorer, WANTS["exact"])
+        with unsharded(scorer):
+            average.follow(scorer, 0.0)
+    assert_equal_weights(*(average.scorer for average in averages))
+
+
+def _tied(scorer: Scorer) -> bool:
+    return scorer.model.get_output_embeddings().weight is scorer.model.get_input_embeddings().weight
