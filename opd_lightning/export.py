@@ -28,7 +28,7 @@ def save_student(
         if trainer.is_global_zero:
             state = _state(model)
             if adapted(model):
-                save_adapter(model, folder / "adapter")
+                save_adapter(model, state, folder / "adapter")
                 state = merged(model, state)
             model.save_pretrained(folder, state_dict=state)
             tokenizer.save_pretrained(folder)

@@ -150,12 +150,17 @@ def merged(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return plain
 
 
-def save_adapter(model: nn.Module, folder: Path) -> None:
-    """Write the adapters alone to ``folder``, as ``peft.PeftModel.from_pretrained`` reads them."""
+def save_adapter(model: nn.Module, state: Mapping[str, Tensor], folder: Path) -> None:
+    """Write the adapters alone to ``folder``, as ``peft.PeftModel.from_pretrained`` reads them.
+
+    ``state`` holds all weights of ``model``, whole, by its own names.
+    """
     from peft import get_peft_model_state_dict
 
     folder.mkdir(parents=True, exist_ok=True)
     model.peft_config[_NAME].save_pretrained(str(folder))  # type: ignore[union-attr, index, operator]
-    weights: Mapping[str, Tensor] = get_peft_model_state_dict(model, adapter_name=_NAME)
+    weights: Mapping[str, Tensor] = get_peft_model_state_dict(
+        model, state_dict=dict(state), adapter_name=_NAME
+    )
     named = {f"base_model.model.{name}": w.detach().cpu().contiguous() for name, w in weights.items()}
     save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from tiny import random_experience, tiny_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -13,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from opd_lightning import layout
 from opd_lightning.divergence.reverse_kl import ReverseKL
 from opd_lightning.engine.transformers import TransformersEngine
-from opd_lightning.lora import Lora, adapters_off, merged
+from opd_lightning.lora import Lora, adapters_off, merged, save_adapter
 from opd_lightning.models import is_sharded, named_weights
 from opd_lightning.scorer import Scorer
 from opd_lightning.sharding import decoder_layers, total_norm, scorer_of, shard, unsharded, wrap
@@ -187,7 +188,7 @@ def test_inside_the_block_a_wrapped_student_is_plain_and_outside_it_is_not(wrapp
     assert inner() == len(decoder_layers(scorer)) == 2
 
 
-def test_adapters_learn_the_same_sharded(mesh):
+def test_adapters_learn_the_same_sharded(mesh, tmp_path):
     """A frozen base and trained adapters in one group."""
     pytest.importorskip("peft")
     lora = Lora(rank=4, alpha=8, dropout=0.0, target_modules="all-linear")
@@ -208,10 +209,16 @@ def test_adapters_learn_the_same_sharded(mesh):
     assert trained == {name for name, p in whole.named_parameters() if p.requires_grad}
     expected = merged(whole.model, dict(named_weights(whole.model)))
     with unsharded(sharded):
+        save_adapter(sharded.model, dict(named_weights(sharded.model)), tmp_path / "sharded")
         found = merged(sharded.model, dict(named_weights(sharded.model)))
         assert found.keys() == expected.keys()
         for name, tensor in expected.items():
             torch.testing.assert_close(found[name].data, tensor.detach(), atol=1e-6, rtol=1e-6)
+    save_adapter(whole.model, dict(named_weights(whole.model)), tmp_path / "whole")
+    mine, theirs = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("sharded", "whole"))
+    assert mine.keys() == theirs.keys() != set()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(mine[name], tensor, atol=1e-6, rtol=1e-6)
 
 
 def test_an_average_follows_a_sharded_student(mesh):
