@@ -17,7 +17,7 @@ from opd_lightning.engine.transformers import TransformersEngine
 from opd_lightning.lora import Lora, adapters_off, merged, save_adapter
 from opd_lightning.models import is_sharded, named_weights
 from opd_lightning.scorer import Scorer
-from opd_lightning.sharding import decoder_layers, total_norm, scorer_of, shard, unsharded, wrap
+from opd_lightning.sharding import decoder_layers, scorer_of, shard, total_norm, unsharded, wrap
 from opd_lightning.teacher.self_teacher import AveragedScorer
 from opd_lightning.types import FullTerm, Sampling, Want
 
