@@ -29,7 +29,7 @@ from opd_lightning.loading import (
     scorers_of,
 )
 from opd_lightning.lora import Lora
-from opd_lightning.models import stop_ids
+from opd_lightning.models import check_checkpointing, checkpoint_layers, stop_ids
 from opd_lightning.module import OnPolicyDistillation
 from opd_lightning.objective import Objective
 from opd_lightning.prompts import Prompts
@@ -96,6 +96,7 @@ def assemble(
     seed: int = 0,
     peak_tflops: float | None = None,
     trust_remote_code: bool = False,
+    gradient_checkpointing: bool = False,
 ) -> Run:
     """Load the models and build both halves around them, cheap checks first.
 
@@ -104,11 +105,13 @@ def assemble(
     runs its layers, of every model alike. ``reference`` is loaded only if a part needs it (default: the
     starting student). ``lora`` puts adapters on the student, which are then all that is trained.
     ``peak_tflops`` is what utilisation is a share of, None to measure it. ``trust_remote_code`` lets code run
-    that comes with the student's checkpoint.
+    that comes with the student's checkpoint. With ``gradient_checkpointing`` the student's layers are computed
+    again in the backward pass, in place of being kept.
 
     Raises:
         ConfigError: anything that cannot work, before a weight is read wherever possible.
     """
+    check_checkpointing(gradient_checkpointing)
     parts.numbers(student_dtype, teacher, head_scratch_mb, temperature, layout, compiled, peak_tflops)
     parts.budget(rollout, collector)
     parts.taught(objective, rollout)
@@ -127,6 +130,8 @@ def assemble(
     student = load_scorer(
         student_path, "student.path", student_dtype, *read, adapt, trust_remote_code
     ).train()
+    if gradient_checkpointing:
+        checkpoint_layers(student.model, student_path)
     stops = stop_ids(student.model, tokenizer)
     known = any(stop < vocab for stop in stops)
     require(known, "teacher.path", f"know the student's stop ids {stops}", vocab, "use a wider teacher")

@@ -37,6 +37,7 @@ KEYS = {
     *("max_prompt_tokens", "long_prompts", "batch", "seed", "accelerator"),
     *("student.path", "student.dtype", "student.head_scratch_mb", "student.scoring_temperature"),
     *("student.layout", "student.compile", "student.lora", "student.trust_remote_code"),
+    "student.gradient_checkpointing",
 }
 _TERM = FullTerm("teacher", reverse_kl)
 

@@ -28,6 +28,7 @@ KEYS = {
     *("max_new_tokens", "max_prompt_tokens", "long_prompts", "batch", "seed", "accelerator"),
     *("student.path", "student.dtype", "student.head_scratch_mb", "student.scoring_temperature"),
     *("student.layout", "student.compile", "student.lora", "student.trust_remote_code"),
+    "student.gradient_checkpointing",
 }
 _SHOWN = ("split", "samples", "temperature", "top_p", "top_k", "min_p", "max_new_tokens", "seed")
 

@@ -185,6 +185,25 @@ def check_compiled(compiled: object) -> None:
     require(isinstance(compiled, bool), "student.compile", "be true or false", compiled, "use false")
 
 
+def check_checkpointing(wanted: object) -> None:
+    """Raise ConfigError for a switch that is neither on nor off."""
+    remedy = "use true to compute the layers twice and keep less"
+    require(isinstance(wanted, bool), "student.gradient_checkpointing", "be true or false", wanted, remedy)
+
+
+def checkpoint_layers(model: PreTrainedModel, path: str) -> None:
+    """Have a backward pass compute each layer again from what went in; nothing changes where nothing is learnt.
+
+    Raises:
+        ConfigError: the model has no such switch.
+    """
+    remedy = "use false, or a smaller collector.micro_batch_tokens"
+    can = bool(model.supports_gradient_checkpointing)
+    require(can, "student.gradient_checkpointing", f"be false for {type(model).__name__}", path, remedy)
+    # Not reentrant: a layer of trained adapters alone learns too, and hooks of FSDP run as they should.
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
 def repeated_layers(model: nn.Module) -> list[nn.Module]:
     """Return a model's decoder layers: the members of its longest module list."""
     lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -98,6 +99,43 @@ def test_two_ranks_add_up_to_one_process(objective):
     loss, found = gradient(objective, parts)
     assert loss == pytest.approx(expected, rel=1e-6)
     assert (found - reference).abs().max() <= 1e-6 * reference.abs().max()
+
+
+def shared_out(objective: Objective, parts: list[Experience]) -> list[Experience]:
+    """Return each rank's rows with the shares that the ranks agree on, as a reduction over processes would."""
+    asked: list[list[torch.Tensor]] = [[] for _ in parts]
+    for rank, part in enumerate(parts):
+        objective.finish(part, Processes(total=lambda t, rank=rank: (asked[rank].append(t.clone()), t)[1]))
+    answers = [torch.stack(values).sum(0) for values in zip(*asked, strict=True)]
+    done = []
+    for part in parts:
+        left = iter(answers)
+        done.append(objective.finish(part, Processes(total=lambda t, left=left: next(left))))
+    return done
+
+
+# numerics 11.23
+@pytest.mark.parametrize("rows", [ROWS, 3], ids=["full window", "ragged last window"])
+@pytest.mark.parametrize("accumulate", [1, 2, 5])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_world_accumulation_and_a_ragged_window_together(objective, world, accumulate, rows):
+    """As a trainer does it: a mean over the ranks of sums over micro-batches that were divided by their number.
+
+    Three rows for three ranks of five micro-batches leave most of them empty; ranks have unequal shares.
+    """
+    experience = random_experience(ROWS).rows(slice(0, rows))
+    expected, reference = gradient(objective, [objective.finish(experience, Processes())])
+    cuts = [0, *[1 + (rows - 1) * rank // world for rank in range(1, world)], rows]
+    shares = shared_out(objective, [experience.rows(slice(a, b)) for a, b in pairwise(cuts)])
+    losses, gradients = [], []
+    for share in shares:
+        loss, found = gradient(objective, micro_batches(share, accumulate))
+        # The module multiplies by both, and Lightning divides by them again.
+        losses.append(loss * accumulate * world / accumulate)
+        gradients.append(found * (accumulate * world) / accumulate)
+    assert sum(losses) / world == pytest.approx(expected, rel=1e-6, abs=1e-7)
+    mean = torch.stack(gradients).mean(0)
+    assert (mean - reference).norm() <= 1e-6 * reference.norm() > 0
 
 
 # numerics 11.23, 11.24
