@@ -18,6 +18,13 @@ def first_process() -> bool:
     return rank == "0" and os.environ.get("LOCAL_RANK", "0") == "0"
 
 
+def started_among_others() -> bool:
+    """Return whether torchrun, srun or Lightning has started this process as one of several, or says so."""
+    named = ("WORLD_SIZE", "SLURM_NTASKS")
+    several = any(os.environ.get(name, "1") not in ("", "1") for name in named)
+    return several or os.environ.get("LOCAL_RANK", "0") != "0"
+
+
 def gathered_objects(trainer: L.Trainer, own: Any) -> list[Any]:
     """Return every process's object in the order of ranks on the first process, this one's alone on the others.
 

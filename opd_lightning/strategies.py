@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision, FSDPPrecision, Precision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
@@ -81,6 +83,20 @@ def deepspeed(
             "strategy=fsdp, which shards as ZeRO-3 does"
         )
     return PartitionedStudent(stage=stage, offload_optimizer=offload_optimizer, logging_batch_size_per_gpu=1)
+
+
+def slurm() -> SLURMEnvironment:
+    """Return the environment of a run that srun has started: its processes are SLURM's, and resuming is ours.
+
+    Raises:
+        ConfigError: srun has not started this process.
+    """
+    if "SLURM_NTASKS" not in os.environ:
+        raise ConfigError(
+            "`trainer` must be cpu or gpu outside of a SLURM job, got slurm; start the command by srun inside a batch "
+            "script (docs/scale.md), or use trainer=gpu"
+        )
+    return SLURMEnvironment(auto_requeue=False)
 
 
 def _refuse_cpu(name: str, accelerator: str) -> None:

@@ -38,7 +38,7 @@ from opd_lightning.export import save_student
 from opd_lightning.loggers import Continues
 from opd_lightning.lora import Lora
 from opd_lightning.objective import Objective
-from opd_lightning.processes import first_process
+from opd_lightning.processes import first_process, started_among_others
 from opd_lightning.redaction import redacted
 from opd_lightning.reporting import closing, log_settings, plan, summarise, teacher_accuracy
 from opd_lightning.resume.files import WholeFiles
@@ -53,6 +53,7 @@ KEYS = {
     *("reporting", "reporting.peak_tflops"),
     *("student.path", "student.dtype", "student.head_scratch_mb", "student.scoring_temperature"),
     *("student.layout", "student.compile", "student.lora", "student.trust_remote_code"),
+    "student.gradient_checkpointing",
     *("evaluation.split", "evaluation.every_steps", "evaluation.settings", "evaluation.teacher"),
     *(f"collector.{field.name}" for field in fields(CollectorSettings)),
 }
@@ -113,6 +114,7 @@ def makers(config: DictConfig) -> dict[str, Callable[[], Any]]:
         "split": lambda: config.evaluation.split,
         "seed": lambda: config.seed,
         "peak_tflops": lambda: config.reporting.peak_tflops,
+        "gradient_checkpointing": lambda: config.student.gradient_checkpointing,
         "trust_remote_code": lambda: config.student.trust_remote_code,
     }
 
@@ -205,7 +207,7 @@ def trainer_from(config: DictConfig, history: EvaluationHistory, folder: Path) -
         strategy=build(config.strategy) if "_target_" in config.strategy else config.strategy.name,
         logger=[build(part) for part in (config.get("logger") or {}).values()],
         callbacks=[*callbacks, history],
-        plugins=[WholeFiles()],
+        plugins=[WholeFiles(), *(build(part) for part in config.trainer.get("plugins") or [])],
         default_root_dir=str(folder),
         val_check_interval=every * accumulate if evaluates else planned * accumulate,
         num_sanity_val_steps=0,
@@ -300,17 +302,33 @@ def earlier_run(config: DictConfig) -> Earlier | None:
     return earlier
 
 
+def refuse_processes(config: DictConfig) -> None:
+    """Refuse a multirun whose jobs are several processes, started by Lightning or by another launcher.
+
+    Raises:
+        ConfigError: it is.
+    """
+    remedy = "run each job by its own command (docs/scale.md has a loop and a SLURM array)"
+    devices, nodes = config.trainer.devices, config.trainer.num_nodes
+    if devices not in (1, "1") or nodes != 1:
+        raise ConfigError(
+            f"`trainer.devices` must be 1 in a multirun, got {devices}: a process-launching strategy would rerun the "
+            f"whole sweep in each child; use trainer.devices=1, or {remedy}"
+        )
+    if started_among_others():
+        raise ConfigError(
+            "`hydra.mode` must be RUN in a process of torchrun or srun, got MULTIRUN: each of them would run the whole "
+            f"sweep; start the sweep once by python, or {remedy}"
+        )
+
+
 @command("train")
 def main(config: DictConfig) -> float | None:
     """Command line entry; returns the accuracy after training for Hydra sweepers."""
     quiet()
     hydra_config = HydraConfig.get()
-    devices, nodes = config.trainer.devices, config.trainer.num_nodes
-    if hydra_config.mode == RunMode.MULTIRUN and (devices not in (1, "1") or nodes != 1):
-        raise ConfigError(
-            f"`trainer.devices` must be 1 in a multirun, got {devices}: a process-launching strategy would rerun the "
-            "whole sweep in each child; use trainer.devices=1, or run each job by its own command"
-        )
+    if hydra_config.mode == RunMode.MULTIRUN:
+        refuse_processes(config)
     try:
         return launched(config, redacted(list(hydra_config.overrides.task)))
     finally:

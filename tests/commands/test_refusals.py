@@ -155,6 +155,20 @@ class TestBeforeAModelIsLoaded:
         assert "`trainer.devices` must be 1 in a multirun, got 2" in done.err
         assert "Traceback" not in done.out + done.err
 
+    @pytest.mark.parametrize("name", ["WORLD_SIZE", "SLURM_NTASKS", "LOCAL_RANK"])
+    def test_of_a_multirun_in_one_process_of_several(self, name, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv(name, "2")
+        done = here("train", "-m", "seed=0", folder=tmp_path / "run")
+        assert done.code == 2
+        assert "`hydra.mode` must be RUN in a process of torchrun or srun, got MULTIRUN" in done.err
+        assert "Traceback" not in done.out + done.err
+
+    def test_of_slurm_without_slurm(self, tmp_path, monkeypatch):
+        monkeypatch.delenv("SLURM_NTASKS", raising=False)
+        done = here("train", "trainer=slurm", "debug=fast", folder=tmp_path / "run")
+        refusal(done, "trainer", "outside of a SLURM job", "got slurm", "srun")
+
     # -- models
 
     @pytest.mark.parametrize("field", ["student.path", "teacher.path"])
