@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -71,8 +72,26 @@ class Server:
         )
 
     def longest(self) -> int:
-        """Return the most tokens of a prompt with its response."""
-        return int(self.ask("/v1/models")["data"][0]["max_model_len"])
+        """Return the most tokens of a prompt with its response.
+
+        Raises:
+            ConfigError: another kind of server.
+        """
+        answer = self.ask("/v1/models")
+        with self._vllm("/v1/models"):
+            return int(answer["data"][0]["max_model_len"])
+
+    @contextmanager
+    def _vllm(self, path: str) -> Iterator[None]:
+        """Refuse a server whose answers are not read as vLLM's inside the block."""
+        try:
+            yield
+        except (LookupError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"`engine.url` must be a vLLM server (0.32), got {self.url!r}, which answers {path} in another way "
+                f"({type(error).__name__}: {str(error)[:100]}); start it with the command of "
+                "conf/engine/vllm_server.yaml"
+            ) from error
 
     def reload(self, folder: Path, version: str) -> None:
         """Have the server take its weights from ``folder`` and forget every cached key and value."""
@@ -106,8 +125,11 @@ class Server:
 
         def one(row: Sequence[int], seed: int) -> Drawn:
             body = {"token_ids": list(row), "sampling_params": params | {"seed": seed}}
-            (choice,) = self.ask("/inference/v1/generate", body)["choices"]
-            wrote = {span["version"] for span in choice["weight_versions"] or ()}
+            answer = self.ask("/inference/v1/generate", body)
+            with self._vllm("/inference/v1/generate"):
+                (choice,) = answer["choices"]
+                wrote = {span["version"] for span in choice["weight_versions"] or ()}
+                drawn = _drawn(choice, sampling.top_ids)
             require(
                 wrote == {version},
                 "engine.url",
@@ -115,7 +137,7 @@ class Server:
                 sorted(wrote),
                 "give each run a server of its own",
             )
-            return _drawn(choice, sampling.top_ids)
+            return drawn
 
         # Its threads end with the process: neither an error nor a stop waits for the answers that are left.
         with ThreadPool(self.in_flight) as threads:

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import httpx2
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
@@ -107,6 +108,23 @@ def served(connection: Connection) -> tuple[str, int]:
         raise ConfigError(
             f"`teacher.address` must name a vLLM server, got {connection.address}, which is another one; use "
             "teacher=served for a server of serve_teacher"
+        ) from error
+
+
+def said_of_prompts(connection: Connection, response: httpx2.Response) -> list[list[Entry | None]]:
+    """Return what is said of each position of each prompt, in their order.
+
+    Raises:
+        ConfigError: the answer is of another kind, as of a server that leaves out ``prompt_logprobs``.
+    """
+    try:
+        choices = sorted(response.json()["choices"], key=lambda choice: int(choice["index"]))
+        return [list(choice["prompt_logprobs"]) for choice in choices]
+    except (LookupError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"`teacher.address` must name a vLLM server, which gives log-probs of prompts, got {connection.address}, "
+            f"which answers in another way ({type(error).__name__}: {str(error)[:100]}); use teacher=served for a "
+            "server of serve_teacher"
         ) from error
 
 

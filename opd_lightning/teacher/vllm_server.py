@@ -19,7 +19,15 @@ from opd_lightning.errors import ConfigError, require
 from opd_lightning.loading import Limits, Loading
 from opd_lightning.schedule import within
 from opd_lightning.serving.client import Connection, read_token
-from opd_lightning.teacher._vllm import Entry, GivenIds, check_alignment, most_ranked, refusal, served
+from opd_lightning.teacher._vllm import (
+    Entry,
+    GivenIds,
+    check_alignment,
+    most_ranked,
+    refusal,
+    said_of_prompts,
+    served,
+)
 from opd_lightning.types import Scores, TokenBatch, Want
 
 _IN_FLIGHT = 4
@@ -258,8 +266,7 @@ class VllmScorer:
         response = self.connection.post("/v1/completions", json.dumps(body).encode(), "application/json")
         if response.status_code != 200:
             raise refusal(self.connection, response.status_code, response.text, top)
-        choices = sorted(response.json()["choices"], key=lambda choice: int(choice["index"]))
-        answer: list[list[Entry | None]] = [choice["prompt_logprobs"] for choice in choices]
+        answer = said_of_prompts(self.connection, response)
         for row, entries in zip(rows, answer, strict=True):
             own = len(entries) == len(row) and all(
                 entry is not None and str(i) in entry for i, entry in zip(row[1:], entries[1:], strict=True)

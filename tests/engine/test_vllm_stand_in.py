@@ -38,13 +38,13 @@ def written(model, asked, raw: bool) -> dict:
 
 
 @contextmanager
-def standing(folder, raw: bool = False):
-    """A server on ``folder``; it takes no new weights while ``deaf``, and says that it has."""
+def standing(raw: bool = False, without: str = ""):
+    """A server; it takes no new weights while ``deaf``, and says that it has. Its responses lack ``without``."""
     state = SimpleNamespace(deaf=False, model=None, version="", address="")
 
     class Answering(BaseHTTPRequestHandler):
         def do_GET(self):
-            self.answer({"data": [{"max_model_len": 100}]})
+            self.answer({"data": [{} if without == "max_model_len" else {"max_model_len": 100}]})
 
         def do_POST(self):
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -55,7 +55,9 @@ def standing(folder, raw: bool = False):
             if self.path != "/inference/v1/generate":
                 return self.answer({})
             spans = {"weight_versions": [{"version": state.version}]}
-            return self.answer({"choices": [written(state.model, asked, raw) | spans]})
+            choice = written(state.model, asked, raw) | spans
+            choice.pop(without, None)
+            return self.answer({"choices": [choice]})
 
         def answer(self, body):
             self.send_response(200)
@@ -105,7 +107,7 @@ def adapters(model):
 
 def test_adapters_are_merged_on_their_way_and_followed(make, tmp_path):
     model, plain, prompts = adapters(make("qwen3")), make("qwen3"), ragged((3, 9))
-    with standing(tmp_path) as state:
+    with standing() as state:
         engine = engine_at(state, tmp_path)
         for size in (0.0, 0.2):
             move(model, size, "lora_B")
@@ -120,7 +122,7 @@ def test_adapters_are_merged_on_their_way_and_followed(make, tmp_path):
 def test_with_adapters_each_sending_is_compared(lora, compared, make, tmp_path):
     """Weights that do not arrive, under the right version."""
     model, prompts = adapters(make("qwen3")) if lora else make("qwen3"), ragged((3,))
-    with standing(tmp_path) as state:
+    with standing() as state:
         engine = engine_at(state, tmp_path, check_every=3)
         engine.generate(model, prompts, FREE)
         state.deaf = True
@@ -135,7 +137,15 @@ def test_with_adapters_each_sending_is_compared(lora, compared, make, tmp_path):
 
 def test_raw_log_probs_are_refused(make, tmp_path):
     """They would be taken for those of the sampler, which importance weights divide by."""
-    with standing(tmp_path, raw=True) as state:
+    with standing(raw=True) as state:
         with pytest.raises(ConfigError, match=r"`engine\.url`.*--logprobs-mode processed_logprobs") as info:
             engine_at(state, tmp_path).generate(make("qwen3"), ragged(), FREE)
+        assert "\n" not in str(info.value)
+
+
+@pytest.mark.parametrize("without", ["max_model_len", "weight_versions", "logprobs", "token_ids"])
+def test_a_server_of_another_kind_is_one_sentence(without, make, tmp_path):
+    with standing(without=without) as state:
+        with pytest.raises(ConfigError, match=rf"must be a vLLM server.*{without}") as info:
+            engine_at(state, tmp_path).generate(make("qwen3"), ragged((3,)), FREE)
         assert "\n" not in str(info.value)

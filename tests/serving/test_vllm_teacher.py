@@ -48,11 +48,13 @@ def loading(**changes) -> Loading:
 
 
 @contextmanager
-def answering(model, most: int = 20, *, shift: int = 0, noise: float = 0.0, late: int = 0, refused=None):
+def answering(
+    model, most: int = 20, *, shift: int = 0, noise: float = 0.0, late: int = 0, refused=None, mute=False
+):
     """What vLLM's routes say of ``model``; ``shift``, ``noise`` and ``late`` are ways of being wrong.
 
     The route of given ids is written after vLLM 0.32's source, which answers there on a GPU alone; ``refused``
-    is a status and words in its place.
+    is a status and words in its place. ``mute`` leaves out what is said of prompts.
     """
     model.eval()
     calls = []
@@ -100,7 +102,7 @@ def answering(model, most: int = 20, *, shift: int = 0, noise: float = 0.0, late
                 words = f"Requested prompt logprobs of {top}, which is greater than max allowed: {most}"
                 return self.answer(400, {"error": {"message": words}})
             choices = [
-                {"index": place, "prompt_logprobs": entries(row, top)}
+                {"index": place, "prompt_logprobs": None if mute else entries(row, top)}
                 for place, row in enumerate(asked["prompt"])
             ]
             return self.answer(200, {"choices": choices[::-1]})
@@ -149,6 +151,14 @@ def test_more_ids_than_the_server_gives_name_its_flag():
         scorer = source(address).load(loading())
         with pytest.raises(ConfigError, match=r"--max-logprobs 5\b"):
             scorer(tokens, WANT, tokens.ids.unsqueeze(-1))
+
+
+def test_a_server_without_log_probs_of_prompts_is_one_sentence():
+    """As other servers of the same routes are: an answer, and no word of the prompts."""
+    with answering(tiny_model(vocab=VOCAB), mute=True) as (address, _):
+        with pytest.raises(ConfigError, match=r"gives log-probs of prompts, got http.*TypeError") as info:
+            source(address).load(loading())
+        assert "\n" not in str(info.value)
 
 
 def test_the_most_ids_are_asked_once_before_a_model_is_loaded(tmp_path, monkeypatch):
