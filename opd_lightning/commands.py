@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import inspect
 import logging
@@ -25,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from opd_lightning.errors import ConfigError, require
-from opd_lightning.overrides import dictionaries_replace, explain
+from opd_lightning.overrides import dictionaries_replace, explain, refuse_repeated
 from opd_lightning.paths import CONF_DIR
 from opd_lightning.redaction import hide
 
@@ -147,10 +148,19 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
     """
 
     def decorate(main: Callable[[DictConfig], Any]) -> Callable[[], None]:
+        begun: list[bool] = []
+
         @functools.wraps(main)
         def job(config: DictConfig) -> Any:
+            begun.append(True)
             try:
+                refuse_repeated(HydraConfig.get().overrides.task)
                 return main(config)
+            except OSError as error:
+                if error.errno not in _FULL:
+                    raise
+                _say(full_disk(error, HydraConfig.get().runtime.output_dir))
+                sys.exit(2)
             except (ConfigError, OmegaConfBaseException) as error:
                 _say(sentence_of(error))
                 if HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -161,6 +171,7 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
 
         @functools.wraps(main)
         def run() -> None:
+            begun.clear()
             try:
                 with _full_error() as wanted, dictionaries_replace():
                     launch()
@@ -168,6 +179,8 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
                 sys.exit(2)  # a job of a multirun, which has said why
             except Exception as error:
                 sentence = None if wanted else explain(error, config_name, sys.argv[1:])
+                if sentence is None and isinstance(error, OSError) and error.filename and not begun:
+                    sentence = _no_folder(error)
                 if sentence is None:
                     raise
                 _say(sentence)
@@ -176,6 +189,25 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
         return run
 
     return decorate
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def full_disk(error: OSError, folder: str) -> str:
+    """Return the sentence about a disk without room."""
+    return (
+        f"the disk of {folder} must have room, got none for {error.filename or 'a file'} ({error.strerror}); free some "
+        "and start again, with resume=auto to go on, or choose another disk with hydra.run.dir=…"
+    )
+
+
+def _no_folder(error: OSError) -> str:
+    """Return the sentence about a run's folder that Hydra could not make."""
+    return (
+        f"`hydra.run.dir` must be a folder that can be written, got {error.filename!r} ({error.strerror}); "
+        "choose another"
+    )
 
 
 @contextlib.contextmanager

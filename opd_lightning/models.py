@@ -40,6 +40,8 @@ _UNLOADABLE = (
     *(SafetensorError, StrictDataclassError),
 )
 
+_TOKENIZER = ("tokenizer*", "vocab*", "merges*", "*.model", "*.tiktoken")
+"""Names of a tokenizer's files."""
 _NO_WRITER = ("ForMaskedLM", "Classification", "ForQuestionAnswering", "ForPreTraining", "ForMultipleChoice")
 """Architectures that see what comes after a token, or have another head. Some of them load all the same."""
 
@@ -139,6 +141,13 @@ def load_tokenizer(path: str, field: str, trust: bool = False) -> PreTrainedToke
         ConfigError: there is none, or it brings code and no trust.
     """
     _check_folder(path, field)
+    folder = Path(model_path(path))
+    # transformers makes an empty one for a folder without.
+    if folder.is_dir() and not any(file for name in _TOKENIZER for file in folder.glob(name)):
+        raise ConfigError(
+            f"`{field}` must hold its tokenizer beside the model, got {path!r} without one; copy tokenizer.json and "
+            "tokenizer_config.json to it"
+        )
     try:
         return AutoTokenizer.from_pretrained(model_path(path), trust_remote_code=trust)
     except _UNLOADABLE as error:

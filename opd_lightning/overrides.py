@@ -15,6 +15,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
+from opd_lightning.errors import ConfigError
 from opd_lightning.paths import CONF_DIR
 
 _PACKAGED = re.compile(r"/(\w+)@_global_\.(\w+)")
@@ -91,6 +92,23 @@ def explain(error: Exception, config_name: str, arguments: Sequence[str]) -> str
             "or key=[a,b] for a list"
         )
     return f"{_first_line(text)}; `--cfg job` prints the configuration"
+
+
+def refuse_repeated(overrides: Sequence[str]) -> None:
+    """Refuse a list that names a part twice: they would have one name, and be one.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    for text in overrides:
+        found = re.fullmatch(r"(\w+)=\[(.*)\]", text)
+        names = [name.strip() for name in found[2].split(",")] if found else []
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if found and twice and (CONF_DIR / found[1]).is_dir():
+            raise ConfigError(
+                f"`{found[1]}` must name each part once, got {twice[0]} {names.count(twice[0])} times; leave one "
+                "out, or give the second a yaml file and a name of its own"
+            )
 
 
 def unknown_key(key: str, config_name: str) -> str:

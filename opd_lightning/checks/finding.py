@@ -6,7 +6,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from opd_lightning.errors import ConfigError
 
@@ -49,6 +49,15 @@ def ok(field: str, sentence: str) -> Finding:
 def warning(field: str, condition: str, value: Any, remedy: str) -> Finding:
     """Return what a run can go on with and its user should know: `field` should <condition>, got <value>; <remedy>."""
     return Finding(level="warning", field=field, sentence=f"should {condition}, got {value}", remedy=remedy)
+
+
+def refuse(field: str, condition: str, got: str, remedy: str) -> NoReturn:
+    """Raise the error of something that was found, in the project's one form; ``got`` are words and no value.
+
+    Raises:
+        ConfigError: always.
+    """
+    raise ConfigError(f"`{field}` must {condition}, got {got}; {remedy}")
 
 
 def needed(check: Callable[..., Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import tempfile
@@ -13,7 +14,7 @@ import torch
 import yaml
 from torch.optim import Optimizer
 
-from opd_lightning.checks.finding import Finding, ok, warning
+from opd_lightning.checks.finding import Finding, ok, refuse, warning
 from opd_lightning.errors import ConfigError, require
 from opd_lightning.lora import Lora
 from opd_lightning.objective import Objective
@@ -50,6 +51,14 @@ def devices(trainer: Mapping[str, Any]) -> Iterator[Finding]:
             yield ok("trainer.devices", f"{count or 1} of {cores} cores")
 
 
+def clipping(trainer: Mapping[str, Any]) -> None:
+    """Refuse a norm to clip gradients to that is none: with a negative one the step would go uphill."""
+    norm = trainer.get("gradient_clip_val")
+    number = isinstance(norm, int | float) and not isinstance(norm, bool) and 0 <= norm < math.inf
+    remedy = "use 1.0, or null for no clipping"
+    require(norm is None or number, "trainer.gradient_clip_val", "be a norm of at least 0", norm, remedy)
+
+
 def run_folder(folder: Path) -> Iterator[Finding]:
     """Refuse a folder for the run that cannot be written, by writing a file to it."""
     try:
@@ -77,13 +86,13 @@ def disk(folder: Path, student_path: str) -> Iterator[Finding]:
     least, most = _STATE * count + student, 3 * _STATE * count + student
     place = next(parent for parent in (folder, *folder.parents) if parent.exists())
     free = shutil.disk_usage(place).free
-    require(
-        free >= least,
-        "hydra.run.dir",
-        f"have {_gb(least)} free for a checkpoint and the trained student",
-        f"{_gb(free)} at {place}",
-        "free some, or choose a folder on another disk",
-    )
+    if free < least:
+        refuse(
+            "hydra.run.dir",
+            f"have {_gb(least)} free for a checkpoint and the trained student",
+            f"{_gb(free)} at {place}",
+            "free some, or choose a folder on another disk",
+        )
     if free < most:
         remedy = "free some, or choose a folder on another disk"
         yield warning(
@@ -121,7 +130,8 @@ def memory(
     largest = ", ".join(f"{name} {_gb(size)}" for name, size in parts[:3])
     remedy = "use a smaller model, student/lora=default, another strategy, or more memory"
     field = "student.path"
-    require(held <= there, field, f"fit into {_gb(there)} of memory", f"{_gb(held)} ({largest})", remedy)
+    if held > there:
+        refuse(field, f"fit into {_gb(there)} of memory", f"{_gb(held)} ({largest})", remedy)
     if peak > there:
         remedy = "lower collector.score_rows, collector.micro_batch_tokens or engine.batch_size"
         yield warning(field, f"leave room in {_gb(there)} of memory", f"an estimated {_gb(peak)}", remedy)

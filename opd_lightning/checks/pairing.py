@@ -8,8 +8,7 @@ from jinja2 import TemplateError
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from opd_lightning.checks.facts import ModelFacts
-from opd_lightning.checks.finding import Finding, ok, warning
-from opd_lightning.errors import require
+from opd_lightning.checks.finding import Finding, ok, refuse, warning
 from opd_lightning.loading import SharesVocabulary, TeacherSource
 from opd_lightning.models import shared_vocabulary
 
@@ -39,13 +38,13 @@ def served_tokens(student: ModelFacts, teacher: TeacherSource) -> Iterator[Findi
 
 def stops(student: ModelFacts) -> Iterator[Finding]:
     """Refuse a student that no token stops; warn where the end of a turn does not."""
-    require(
-        bool(student.stops),
-        "student.path",
-        "name a model with a stop token",
-        "none in generation_config.json and tokenizer",
-        "add eos_token_id to its generation_config.json",
-    )
+    if not student.stops:
+        refuse(
+            "student.path",
+            "name a model with a stop token",
+            f"none in generation_config.json and tokenizer of {student.path!r}",
+            "add eos_token_id to its generation_config.json",
+        )
     end = turn_end(student.tokenizer)
     if end is not None and end not in student.stops:
         token = student.tokenizer.convert_ids_to_tokens(end)

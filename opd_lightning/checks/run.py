@@ -36,6 +36,7 @@ _TOKENIZERS: dict[str, Check] = {
 
 _OTHERS: dict[str, Check] = {
     "devices": machine.devices,
+    "clipping": machine.clipping,
     "run folder": machine.run_folder,
     "disk": machine.disk,
     "weights": servers.weights,

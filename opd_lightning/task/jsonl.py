@@ -12,6 +12,8 @@ from opd_lightning.errors import ConfigError, require
 from opd_lightning.task.grading import grade_answer
 from opd_lightning.types import Problem
 
+_LINES = (".jsonl", ".ndjson", ".json", ".txt", "")
+"""Endings of files that are read line by line."""
 _KNOWN = ("prompt", "messages", "answer", "response", "difficulty")
 
 
@@ -77,6 +79,17 @@ def _rows(path: Path, field: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
     if path.suffix == ".parquet":
         yield from enumerate(_parquet(path, field), 1)
         return
+    remedy = "write .jsonl, one JSON object a line, or .parquet"
+    require(path.suffix in _LINES, field, "end in .jsonl or .parquet", str(path), remedy)
+    try:
+        yield from _decoded(path, field)
+    except OSError as error:
+        raise ConfigError(
+            f"`{field}` must be a file that can be read, got {str(path)!r} ({error.strerror}); check its permissions"
+        ) from error
+
+
+def _decoded(path: Path, field: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
     # Lines are decoded one by one, so that a broken one can be named; the first may carry a byte-order mark.
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):

@@ -72,7 +72,8 @@ def here(command: str, *arguments: str, folder: Path) -> Finished:
     """Run ``python -m opd_lightning.<command>`` inside this process, with ``folder`` for its results."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     with _as_before(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [command, *arguments, f"hydra.run.dir={folder}"])
+        own = any(word.startswith("hydra.run.dir=") for word in arguments)
+        patch.setattr(sys, "argv", [command, *arguments, *([] if own else [f"hydra.run.dir={folder}"])])
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
                 MAINS[command]()
