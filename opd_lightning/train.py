@@ -22,6 +22,7 @@ from opd_lightning.assemble import CollectorSettings, Run, assemble
 from opd_lightning.buffer import check_one_count
 from opd_lightning.callbacks.history import EvaluationHistory
 from opd_lightning.callbacks.stopping import Stopped
+from opd_lightning.checks.machine import devices as check_devices
 from opd_lightning.checks.run import starting
 from opd_lightning.commands import (
     build,
@@ -165,6 +166,7 @@ def say_unused_support(objective: Objective) -> None:
 def trainer_from(config: DictConfig, history: EvaluationHistory, folder: Path) -> L.Trainer:
     """Build Lightning's trainer with its loggers, callbacks, strategy and evaluation interval."""
     settings = plain(config.trainer)
+    list(check_devices(settings))  # Lightning says it without the remedy
     planned, accumulate = settings["max_steps"], settings["accumulate_grad_batches"]
     require(
         isinstance(planned, int) and planned >= 1,
