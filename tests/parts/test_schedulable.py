@@ -27,7 +27,7 @@ METHOD = {"divergence", "estimator", "mask", "reduction", "regularizer"} | {
 }
 OTHERS = {
     *("callbacks", "collector", "debug", "engine", "evaluation", "experiment", "logger", "optimizer", "reference"),
-    *("scale", "scheduler", "strategy", "student", "student/lora", "task", "trainer"),
+    *("planning", "scale", "scheduler", "strategy", "student", "student/lora", "task", "trainer"),
 }  # fmt: skip
 LISTED = {"mask", "regularizer"}
 LENGTHS = {"max_new_tokens": (8, 64), "loss_horizon": (1, 64)}
