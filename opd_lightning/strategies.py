@@ -146,6 +146,7 @@ class WrappedStudent(FSDPStrategy):
 
     @precision_plugin.setter
     def precision_plugin(self, plugin: Precision | None) -> None:
+        """Set it."""
         named = None if plugin is None else _WrappedPrecision(getattr(plugin, "precision", "32-true"), self)
         self._precision_plugin = named
 
@@ -185,6 +186,7 @@ class PartitionedStudent(DeepSpeedStrategy):
 
     @precision_plugin.setter
     def precision_plugin(self, plugin: Precision | None) -> None:
+        """Set it."""
         self._precision_plugin = (
             None if plugin is None else _PartitionedPrecision(getattr(plugin, "precision", "32-true"))
         )

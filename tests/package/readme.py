@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
-from opd_lightning import choose_horizon, evaluate, train
+from opd_lightning import choose_horizon, evaluate, plan, preflight, train
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "README.md").read_text()
@@ -26,6 +26,8 @@ SHELL = ("run", "fails", "grid", "every", "setup", "gpu", "hub")
 MAINS = {
     "opd_lightning.train": train.main,
     "opd_lightning.evaluate": evaluate.main,
+    "opd_lightning.plan": plan.main,
+    "opd_lightning.preflight": preflight.main,
     "opd_lightning.choose_horizon": choose_horizon.main,
 }
 _FENCE = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
