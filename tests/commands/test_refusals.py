@@ -6,6 +6,7 @@ import json
 import re
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -166,6 +167,7 @@ class TestBeforeAModelIsLoaded:
 
     def test_of_slurm_without_slurm(self, tmp_path, monkeypatch):
         monkeypatch.delenv("SLURM_NTASKS", raising=False)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # without one, that is what is said
         done = here("train", "trainer=slurm", "debug=fast", folder=tmp_path / "run")
         refusal(done, "trainer", "outside of a SLURM job", "got slurm", "srun")
 
