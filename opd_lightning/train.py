@@ -42,8 +42,8 @@ from opd_lightning.objective import Objective
 from opd_lightning.processes import first_process, started_among_others
 from opd_lightning.redaction import redacted
 from opd_lightning.reporting import closing, log_settings, plan, summarise, teacher_accuracy
-from opd_lightning.resume.files import WholeFiles
-from opd_lightning.resume.finding import Earlier, alone, differences, find, forget
+from opd_lightning.resume.files import WholeFiles, written
+from opd_lightning.resume.finding import Earlier, alone, differences, find, forget, refuse_another
 
 log = logging.getLogger(__name__)
 
@@ -244,7 +244,7 @@ def train(
         say_unused_support(run.module.objective)
         folder.mkdir(parents=True, exist_ok=True)
         if checkpoint is None:
-            OmegaConf.save(redacted(plain(config)), folder / "config.yaml")
+            written(folder / "config.yaml", OmegaConf.to_yaml(redacted(plain(config))))
         count = run.data.collector.micro_batches(trainer.world_size) or trainer.accumulate_grad_batches
         print(plan(config, run, folder, count, trainer.world_size), flush=True)
     if checkpoint is None:
@@ -264,7 +264,7 @@ def train(
         "git_commit": git_commit(),
     }
     if trainer.is_global_zero:
-        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        written(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         print(closing(summary, folder), flush=True)
     return summary
 
@@ -346,6 +346,8 @@ def launched(config: DictConfig, overrides: list[str]) -> float | None:
         print(f"the run in {folder} is finished\n{closing(summary, folder)}", flush=True)
         return summary["accuracy_after"]
     with alone(folder) if first_process() else contextlib.nullcontext():
+        if earlier is None and first_process():
+            refuse_another(folder)
         try:
             return train(config, folder, overrides, earlier)["accuracy_after"]
         except Stopped as stop:

@@ -95,6 +95,13 @@ def _sync(folder: Path) -> None:
             os.close(handle)
 
 
+def written(path: Path, text: str) -> None:
+    """Write a small file whole or not at all."""
+    beside = path.with_name(f".{path.name}.part")
+    beside.write_text(text)
+    beside.replace(path)
+
+
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """Return the checkpoints of a run with their optimizer steps, the latest first."""
     found = [

@@ -69,26 +69,30 @@ def forget() -> None:
 
 
 def _latest(config: Mapping[str, Any], folder: Path, depth: int) -> Earlier | None:
-    if (folder / "config.yaml").is_file():
+    if _saved(folder / "config.yaml") is not None:
         return _of(folder, begin_anew=True)
     root = folder.parents[depth - 1] if depth else folder
     same = _comparable(config, folder)
     known = root.glob("/".join(["*"] * depth) + "/config.yaml") if depth else iter(())
     for path in sorted(known, key=lambda p: p.stat().st_mtime, reverse=True):
         # A grid's jobs differ in what they are told and in the folder's own name.
-        if _read(path) == same and (found := _of(path.parent, begin_anew=False)) is not None:
+        saved = _saved(path)
+        if (
+            saved is not None
+            and _comparable(saved, path.parent) == same
+            and (found := _of(path.parent, begin_anew=False)) is not None
+        ):
             return found
     return None
 
 
 def _named(folder: Path, config: Mapping[str, Any]) -> Earlier:
-    saved = folder / "config.yaml"
-    if not saved.is_file():
+    theirs, ours = _saved(folder / "config.yaml"), yaml.safe_load(_comparable(config, folder))
+    if theirs is None:
         raise ConfigError(
-            f"`resume` must be null, auto or the folder of a run, got {str(folder)!r}, which has no config.yaml; "
-            "name the folder that the run printed, or use resume=auto"
+            f"`resume` must be null, auto or the folder of a run, got {str(folder)!r}, which has no config.yaml of "
+            "one; name the folder that the run printed, or use resume=auto"
         )
-    theirs, ours = yaml.safe_load(_read(saved)), yaml.safe_load(_comparable(config, folder))
     for key in ("path", "dtype", "lora"):
         was, now = theirs["student"].get(key), ours["student"].get(key)
         if was != now:
@@ -103,7 +107,8 @@ def _named(folder: Path, config: Mapping[str, Any]) -> Earlier:
 
 def differences(folder: Path, config: Mapping[str, Any]) -> list[str]:
     """Return the settings, by dotted name, in which ``config`` is not that of the run in ``folder``."""
-    theirs = _flat(yaml.safe_load(_read(folder / "config.yaml")))
+    saved = _saved(folder / "config.yaml") or {"trainer": {}}
+    theirs = _flat(yaml.safe_load(_comparable(saved, folder)))
     ours = _flat(yaml.safe_load(_comparable(config, folder)))
     return sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name))
 
@@ -126,9 +131,27 @@ def _of(folder: Path, *, begin_anew: bool) -> Earlier | None:
     return Earlier(folder=folder, checkpoint=None, step=0, finished=done) if begin_anew or done else None
 
 
-def _read(path: Path) -> str:
-    """Return the comparable part of a saved configuration."""
-    return _comparable(yaml.safe_load(path.read_text()), path.parent)
+def _saved(path: Path) -> dict[str, Any] | None:
+    """Return a run's configuration; None where there is none, or one that a kill cut off or another program's."""
+    try:
+        config = yaml.safe_load(path.read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    known = isinstance(config, dict) and all(isinstance(config.get(k), dict) for k in ("student", "trainer"))
+    return config if known else None
+
+
+def refuse_another(folder: Path) -> None:
+    """Refuse to begin a run where another one has left what would be taken for this one's.
+
+    Raises:
+        ConfigError: ``folder`` holds checkpoints, or the end of a run.
+    """
+    if (folder / "summary.json").exists() or checkpoints(folder):
+        raise ConfigError(
+            f"`hydra.run.dir` must be a folder without another run's checkpoints, got {str(folder)!r}; go on with that "
+            "run by resume=auto, use another folder, or remove this one"
+        )
 
 
 def _comparable(config: Mapping[str, Any], folder: Path) -> str:

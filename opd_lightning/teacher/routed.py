@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 from opd_lightning.errors import ConfigError
 from opd_lightning.loading import holding, scorers_of
-from opd_lightning.protocols import Follows, Scoring
+from opd_lightning.protocols import Averaged, Follows, Scoring
 from opd_lightning.scorer import Scorer
 from opd_lightning.types import Problem, PromptBatch, Scores, TokenBatch, Want
 
@@ -194,6 +194,20 @@ class FollowingScorer(RoutedScorer):
         for teacher in self.teachers.values():
             if isinstance(teacher, Follows):
                 teacher.follow(student, progress)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what those hold that only the run's past could give them, by teacher."""
+        return {name: teacher.state_dict() for name, teacher in self._averaged.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take it back from a checkpoint."""
+        for name, teacher in self._averaged.items():
+            if name in state:
+                teacher.load_state_dict(state[name])
+
+    @property
+    def _averaged(self) -> dict[str, Averaged]:
+        return {name: teacher for name, teacher in self.teachers.items() if isinstance(teacher, Averaged)}
 
 
 def _joined(parts: Sequence[Scores]) -> Scores:

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
+from opd_lightning.errors import ConfigError
 from tests.commands.running import here
 
 SHORT = [
@@ -52,6 +54,10 @@ CASES = {
     "full": ["support=full", "student/lora=default"],
     "schedule": ["experiment=esr_progressive", "scheduler=cosine"],
     "ahead": ["engine.ahead=1"],
+    "router": [
+        *("teacher=router", "+teacher@teacher.teachers.mean=ema", "teacher.teachers.mean.decay=0.5"),
+        "teacher.routes={3 steps: mean, 4 steps: mean, 5 steps: mean, 6 steps: mean}",
+    ],
 }
 
 
@@ -94,7 +100,7 @@ def test_from_any_checkpoint(step, wholes, tmp_path):
     same_end(folder, whole)
 
 
-@pytest.mark.parametrize("case", ["ema", "full", "schedule", "ahead"])
+@pytest.mark.parametrize("case", ["ema", "full", "schedule", "ahead", "router"])
 def test_every_kind_of_state(case, wholes, tmp_path):
     whole, folder = wholes(case), tmp_path / "run"
     cut(whole, folder, 2)
@@ -198,6 +204,29 @@ def test_a_time_limit_ends_it_with_a_checkpoint(wholes, tmp_path):
     assert done.code == 0, done.err
     same_end(folder, wholes("default"))
     assert f"`{limit}` must be above 0" in here("train", f"{limit}=0", folder=tmp_path / "no").sentence
+
+
+def test_a_new_run_leaves_an_earlier_one_alone(wholes):
+    """Else what is found there later is the earlier run's: its end, or checkpoints of more steps."""
+    whole = wholes("default")
+    done = here("train", *SHORT, "optimizer.lr=1e-6", folder=whole)
+    assert "`hydra.run.dir` must be a folder without another run's checkpoints" in done.sentence
+    assert "resume=auto" in done.sentence
+
+
+@pytest.mark.parametrize("text", ["", "student: {path: a}", "- a", "a: [", "\x00"])
+def test_a_configuration_that_was_cut_off_is_passed_over(text, wholes, tmp_path):
+    """A kill as it is written, or a file of another program: in the run's own folder, and beside it."""
+    from opd_lightning.resume.finding import find
+
+    config = yaml.safe_load((wholes("default") / "config.yaml").read_text())
+    folder = tmp_path / "runs" / "day" / "time"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(text)
+    assert find("auto", config, folder, 2) is None
+    assert find("auto", config, tmp_path / "runs" / "day" / "later", 2) is None
+    with pytest.raises(ConfigError, match="`resume` must be"):
+        find(str(folder), config, tmp_path / "new", 2)
 
 
 def test_a_folder_has_one_run_at_a_time(wholes, tmp_path):
