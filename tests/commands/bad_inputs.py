@@ -392,7 +392,7 @@ SERVERS = [
 def full(folder: Path) -> list[str]:
     """A run's folder on whose device no byte is left."""
     (folder / "run").mkdir()
-    (folder / "run" / "config.yaml").symlink_to("/dev/full")
+    (folder / "run" / ".config.yaml.part").symlink_to("/dev/full")  # it is written beside its place
     save_model(folder / "model")
     return ["student.path=./model", "teacher.path=./model", "debug=fast", "callbacks=[]"]
 
