@@ -29,8 +29,8 @@ def free_port() -> int:
 
 
 @contextmanager
-def vllm_serving(model: Path | str, port: int, *flags: str, log: Path) -> Iterator[None]:
-    """Serve ``model`` inside the block; the server goes with its workers."""
+def vllm_serving(model: Path | str, port: int, *flags: str, log: Path) -> Iterator[int]:
+    """Serve ``model`` inside the block; the server goes with its workers. It is the leader of their session."""
     settings = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     command += ["--port", str(port), "--host", "127.0.0.1", "--dtype", "float32", "--max-model-len", "512"]
@@ -47,7 +47,7 @@ def vllm_serving(model: Path | str, port: int, *flags: str, log: Path) -> Iterat
         while not _healthy(port):
             assert process.poll() is None, log.read_text()[-3000:]
             time.sleep(1)
-        yield
+        yield process.pid
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         process.wait(60)
