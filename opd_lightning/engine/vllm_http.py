@@ -108,6 +108,16 @@ class Server:
         """Drop the cached keys and values of earlier prompts."""
         self.ask("/reset_prefix_cache", {})
 
+    def digests(self) -> dict[str, str]:
+        """Return the SHA-256 of each parameter, by worker and name.
+
+        Raises:
+            ConfigError: a server without the route.
+        """
+        answer = self.ask("/weight_checker", {"action": "checksum"})
+        with self._vllm("/weight_checker"):
+            return dict(answer["checksums"])
+
     def draw(
         self,
         rows: Sequence[Sequence[int]],

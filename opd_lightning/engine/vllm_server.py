@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 from torch import distributed as dist
 from transformers import PreTrainedModel
 
@@ -18,11 +19,12 @@ from opd_lightning.engine.asking import as_generation, check_asked, check_length
 from opd_lightning.engine.bounds import check_ahead
 from opd_lightning.engine.canary import Canary, due, strayed, tolerance_of
 from opd_lightning.engine.copies import config_of, state_of, weights_of
+from opd_lightning.engine.digests import wrong
 from opd_lightning.engine.drawn import Record
 from opd_lightning.engine.transformers import TransformersEngine
-from opd_lightning.engine.vllm_heads import wider_heads
+from opd_lightning.engine.vllm_heads import WiderHeads, wider_heads
 from opd_lightning.engine.vllm_http import Server, check_url
-from opd_lightning.errors import require
+from opd_lightning.errors import ConfigError, require
 from opd_lightning.models import evaluating
 from opd_lightning.types import Generation, PromptBatch, Sampling
 
@@ -173,14 +175,30 @@ class VllmServerEngine:
         """Write configuration and weights to ``folder``, each tied weight under every name."""
         folder = Path(self.folder)
         folder.mkdir(parents=True, exist_ok=True)
-        sizes = None if self.head_dim is None else (self.head_dim,)
-        wider = wider_heads(model.config, sizes)
+        wider = self._wider(model)
         (config_of(model) if wider is None else wider.config(config_of(model))).save_pretrained(folder)
-        weights = weights_of(model) if wider is None else wider.weights(weights_of(model))
         # A file holds no two names for one storage, and a server must never read half of one.
-        apart = {name: weight.cpu().clone().contiguous() for name, weight in weights}
+        apart = {name: weight.cpu().clone().contiguous() for name, weight in self._weights(model)}
         save_file(apart, folder / "writing.tmp", metadata={"format": "pt"})
         (folder / "writing.tmp").rename(folder / "model.safetensors")
+
+    def _wider(self, model: PreTrainedModel) -> WiderHeads | None:
+        return wider_heads(model.config, None if self.head_dim is None else (self.head_dim,))
+
+    def _weights(self, model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+        """Yield the weights as they are sent."""
+        wider = self._wider(model)
+        return weights_of(model) if wider is None else wider.weights(weights_of(model))
+
+    def _differing(self, model: PreTrainedModel) -> str:
+        """Return the server's tensors that are not those of ``model``, in words."""
+        try:
+            names, count = wrong(self._weights(model), self.server.digests())
+        except ConfigError as error:  # what is known already matters more
+            return f"which tensors is not known: {error}"
+        if names:
+            return f"of {count} tensors whose digests can be compared {len(names)} differ: {', '.join(names[:5])}"
+        return f"the {count} tensors whose digests can be compared are as they were sent"
 
     def _compare(self, model: PreTrainedModel) -> None:
         """Stop the run if the server computes something else than the trainer."""
@@ -192,8 +210,10 @@ class VllmServerEngine:
             self.server.forget()
             kept = held.canary.gap(draw, model) <= allowed
             cause = "keys and values of older weights that its prefix cache kept"
-            other = f"weights, dtype or logprobs mode of the server at {self.url}, or a stale head"
-            raise strayed(gap, allowed, held.pushes, cause if kept else other)
+            if not kept:
+                cause = f"weights, dtype or logprobs mode of the server at {self.url}, or a stale head"
+                cause += f"; {self._differing(model)}"
+            raise strayed(gap, allowed, held.pushes, cause)
         if held.pushes == 1:
             away = held.canary.gap(draw, model, temperature=2.0)
             require(

@@ -91,7 +91,17 @@ def test_weights_are_followed_and_a_stale_server_is_known(engine, student, monke
         whole = vllm_server.weights_of
         without = lambda model: ((n, w) for n, w in whole(model) if n != "lm_head.weight")  # noqa: E731
         half.setattr(vllm_server, "weights_of", without)
-        with pytest.raises(ConfigError, match="a stale head"):
+        with pytest.raises(ConfigError, match=r"a stale head; the \d+ tensors .* are as they were sent"):
+            engine.generate(student, prompts, FREE)
+    change(student, seed=5)
+    with monkeypatch.context() as less:
+        save, left = vllm_server.save_file, "model.layers.1.input_layernorm.weight"
+
+        def fewer(sent, *more, **named):
+            save({name: weight for name, weight in sent.items() if name != left}, *more, **named)
+
+        less.setattr(vllm_server, "save_file", fewer)
+        with pytest.raises(ConfigError, match=rf"of \d+ tensors .* 1 differ: {left}\)"):
             engine.generate(student, prompts, FREE)
     with torch.no_grad():
         student.load_state_dict(held)
