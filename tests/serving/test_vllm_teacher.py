@@ -298,30 +298,42 @@ def test_vllm_on_a_cpu_says_that_it_scores_no_given_ids(tmp_path):
 
 
 @pytest.mark.vllm
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_a_run_learns_the_same_from_it(standing, tmp_path):
-    """The default objective reads the teacher's top ids: the losses are those of a teacher in this process."""
+    """The default objective reads the teacher's top ids: losses and accuracy are those of a teacher in this process.
 
-    def losses(name: str, *overrides: str) -> list[float]:
+    Over all 40 steps the losses were within 7e-6 of each other; more is let pass, since rounding that reaches the
+    weights may at any step have a token drawn otherwise. Greedy, on 128 problems: 0.32 before, 0.58 after both.
+    """
+
+    def learned(name: str, *overrides: str) -> tuple[list[float], float, float]:
         folder = tmp_path / name
         command = [sys.executable, "-m", "opd_lightning.train", f"hydra.run.dir={folder}", *overrides]
         short = [
-            *("trainer.max_steps=4", "collector.prompts_per_collection=8", "scheduler.warmup_steps=0"),
-            *("evaluation.every_steps=null", "evaluation.settings.problems=4", "evaluation.teacher=false"),
+            *("trainer.max_steps=40", "evaluation.every_steps=null", "evaluation.settings.problems=128"),
             *(
+                "evaluation.settings.samples=0",
+                "evaluation.teacher=false",
                 "trainer.enable_progress_bar=false",
-                "rollout.max_new_tokens=48",
-                "collector.max_prompt_tokens=128",
             ),
+            "collector.max_prompt_tokens=128",  # the server holds 512 tokens a row
         ]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run(
-            [*command, *short], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=800
+            [*command, *short], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=850
         )
         assert done.returncode == 0, done.stderr[-3000:]
         with (folder / "metrics.csv").open() as file:
-            return [float(row["train/loss"]) for row in csv.DictReader(file) if row.get("train/loss")]
+            losses = [float(row["train/loss"]) for row in csv.DictReader(file) if row.get("train/loss")]
+        summary = json.loads((folder / "summary.json").read_text())
+        return losses, summary["accuracy_before"], summary["accuracy_after"]
 
-    served = losses("served", "teacher=vllm_server", f"teacher.address={standing}", f"teacher.path={TEACHER}")
-    assert len(served) == 4
-    assert served == pytest.approx(losses("local"), rel=1e-3)
+    address = f"teacher.address={standing}"
+    served, before, after = learned("served", "teacher=vllm_server", address, f"teacher.path={TEACHER}")
+    local, same_before, local_after = learned("local")
+    assert len(served) == len(local) == 40
+    assert served[:8] == pytest.approx(local[:8], rel=1e-3)
+    assert sum(served[-8:]) == pytest.approx(sum(local[-8:]), rel=0.1)
+    assert before == same_before
+    assert after > before + 0.12
+    assert after == pytest.approx(local_after, abs=0.06)
