@@ -45,7 +45,7 @@ notebook: setup-dev  ## run the notebooks and keep what they show
 	$(BIN)/jupyter-execute --inplace notebooks/*.ipynb
 
 test-shapes: setup-dev  ## unit tests with every annotated shape checked at run time
-	$(BIN)/python -m pytest -n $(WORKERS) tests/test_*.py tests/functional tests/parts --jaxtyping-packages=opd_lightning,shapes.check $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) tests/test_*.py tests/functional tests/parts -m "not gpu and not vllm" --jaxtyping-packages=opd_lightning,shapes.check $(ARGS)
 
 lint: setup-dev
 	$(BIN)/ruff format --check .

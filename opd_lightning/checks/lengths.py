@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from opd_lightning.checks.facts import ModelFacts
 from opd_lightning.checks.finding import Finding, ok
@@ -17,6 +17,7 @@ from opd_lightning.schedule import value_at
 from opd_lightning.types import Sampling
 
 
+@runtime_checkable
 class Evaluates(Protocol):
     """How held-out problems are answered; see :class:`~opd_lightning.data.Evaluation`."""
 

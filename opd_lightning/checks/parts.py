@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from opd_lightning.buffer import micro_batch_count
 from opd_lightning.checks.facts import ModelFacts
@@ -17,6 +17,7 @@ from opd_lightning.sizes import longest_row
 from opd_lightning.types import Origin
 
 
+@runtime_checkable
 class Sizes(Protocol):
     """Numbers of the collecting half; see :class:`~opd_lightning.assemble.CollectorSettings`."""
 

@@ -47,8 +47,8 @@ class Router:
     """
 
     column: str
-    teachers: Mapping[str, TeacherSource | str | None]
-    routes: Mapping[str, str]
+    teachers: Mapping[str | int, TeacherSource | str | None]  # a name such as 1 is a number in yaml
+    routes: Mapping[str | int, str]
     default: TeacherSource | str | None
     dtype: str
 
