@@ -46,6 +46,7 @@ class Ahead:
     """
 
     _next: tuple[int, Future[Written]] | None = field(default=None, repr=False)
+    _taken: tuple[int, Rollout] | None = field(default=None, repr=False)
 
     def write(self, collection: int, write: Callable[[Told], Rollout]) -> None:
         """Have ``write`` write this collection in a thread; it is given what it tells of its draws to."""
@@ -78,15 +79,26 @@ class Ahead:
         """
         self.wait()
         kept, self._next = self._next, None
-        return kept[1].result() if kept is not None and kept[0] == collection else None
+        if kept is None or kept[0] != collection:
+            return None
+        written = kept[1].result()
+        self._taken = collection, written.rollout
+        return written
+
+    def done(self) -> None:
+        """Forget what was taken: it is experience by now."""
+        self._taken = None
 
     def pending(self, seconds: float | None = None) -> tuple[int, Rollout] | None:
         """Return the next collection's number and rollout for a checkpoint, waiting for it, and keep it.
 
         The weights that wrote it are gone when training resumes: it has to be saved, and given to
-        :meth:`restore`. None where there is none, where writing it failed, or where it is not there after
-        ``seconds`` (None: as many as it takes); a run that goes on then has it written by newer weights.
+        :meth:`restore`. What was taken and is not experience yet comes first. None where there is none, where
+        writing it failed, or where it is not there after ``seconds`` (None: as many as it takes); a run that
+        goes on then has it written by newer weights.
         """
+        if self._taken is not None:
+            return self._taken
         self.wait(seconds)
         if self._next is None or self.unfinished or self._next[1].exception() is not None:
             return None

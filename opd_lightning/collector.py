@@ -171,6 +171,7 @@ class Collector:
             if self.runs_ahead:
                 report.sums["rollout/versions_behind"] = float(version - rollout.version), 1.0
             steps = [self.objective.finish(part, world) for part in self._steps(experience)]
+            self.ahead.done()
         return steps, report
 
     # -- generation

@@ -16,6 +16,7 @@ from test_trainer import SAMPLED, Toy, Watch, sequence_divergence
 from torch import Tensor
 
 from opd_lightning import data
+from opd_lightning.ahead import Ahead
 from opd_lightning.buffer import micro_batches
 from opd_lightning.clock import PhaseClock
 from opd_lightning.engine.transformers import TransformersEngine
@@ -251,3 +252,14 @@ def test_a_run_ahead_learns():
     before = sum(sequence_divergence(toy, p) for p in prompts)
     toy.fit(20)
     assert sum(sequence_divergence(toy, p) for p in prompts) < 0.5 * before
+
+
+def test_what_was_taken_is_saved_until_it_is_experience():
+    """A run that stops between generation and scoring: these weights could not write it again."""
+    ahead, now, following = Ahead(), object(), object()
+    ahead.restore(3, now)
+    assert ahead.take(3).rollout is now
+    ahead.restore(4, following)
+    assert ahead.pending() == (3, now)
+    ahead.done()
+    assert ahead.pending() == (4, following)
