@@ -183,6 +183,15 @@ def trainer_from(config: DictConfig, history: EvaluationHistory, folder: Path) -
         "use 1 for no accumulation",
     )
     check_one_count(accumulate, config.collector.micro_batch_tokens)
+    known = ("auto", "cpu", "gpu", "cuda", "mps", "tpu")
+    accelerator = settings["accelerator"]
+    require(
+        accelerator in known,
+        "trainer.accelerator",
+        f"be one of {', '.join(known)}",
+        accelerator,
+        "use cpu or gpu",
+    )
     # Lightning's other precisions cast the batches too, which are frozen values.
     precision = str(settings["precision"])
     require(
