@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import lightning as L
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -30,8 +35,25 @@ def save_student(
             if adapted(model):
                 save_adapter(model, state, folder / "adapter")
                 state = merged(model, state)
-            model.save_pretrained(folder, state_dict=state)
+            with system_errors(folder):
+                model.save_pretrained(folder, state_dict=state)
             tokenizer.save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def system_errors(folder: Path | str) -> Iterator[None]:
+    """Raise what the system said, such as that a disk is full, in place of what safetensors makes of it.
+
+    Raises:
+        OSError: the system refused a file in ``folder``.
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from error
 
 
 def _state(model: PreTrainedModel) -> dict[str, Tensor]:
