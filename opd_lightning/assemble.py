@@ -119,6 +119,7 @@ def assemble(
     parts.hidden(objective, teacher)
     parts.given_ids(objective, teacher)
     parts.temperatures(teacher, temperature)
+    parts.sharded(teacher, rollout, collector)
     tokenizer, vocab = paired(student_path, teacher, trust_remote_code)
     parts.support_size(objective, vocab)
     objective = _bound(objective, tokenizer)

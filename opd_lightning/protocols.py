@@ -296,6 +296,15 @@ class Rests(Protocol):
 
 
 @runtime_checkable
+class Spread(Protocol):
+    """A model whose weights are spread over the processes of a run, which all must call it equally often."""
+
+    def placed(self, processes: int) -> str:
+        """Say where the weights lie among so many processes, for people."""
+        ...
+
+
+@runtime_checkable
 class Reduction(Protocol):
     """Turns the tokens in the loss into each token's share of it.
 

@@ -23,13 +23,14 @@ from opd_lightning.diagnostics.utilisation import measured_peak
 from opd_lightning.errors import ConfigError
 from opd_lightning.loading import FrozenScorer
 from opd_lightning.lora import Lora
+from opd_lightning.models import is_sharded
 from opd_lightning.objective import Objective
 from opd_lightning.planning.cost import cost
 from opd_lightning.planning.memory import memory
 from opd_lightning.planning.report import short
 from opd_lightning.planning.run import PlannedRun
 from opd_lightning.planning.settings import Assumptions, planned_run
-from opd_lightning.protocols import Follows, RolloutSampler
+from opd_lightning.protocols import Follows, RolloutSampler, Spread
 from opd_lightning.redaction import hide, redacted
 
 log = logging.getLogger(__name__)
@@ -103,7 +104,7 @@ def plan(config: DictConfig, run: Run, folder: Path, micro_batches: int, process
     return "\n".join(
         [
             f"student   {config.student.path} ({millions:.2f} M parameters)",
-            f"teacher   {_where(config)} ({_teacher(run)})",
+            f"teacher   {_where(config)} ({_teacher(run, processes)})",
             f"objective {names}",
             f"plan      {trainer.max_steps} optimizer steps{cut}, {collector.steps_per_collection} on each "
             f"collection of {responses} responses of at most {_number(rollout.max_new_tokens)} tokens",
@@ -119,13 +120,14 @@ def _where(config: DictConfig) -> str:
     return hide(str(teacher.get("path") or teacher.get("address") or f"by {teacher.get('column')}"))
 
 
-def _teacher(run: Run) -> str:
+def _teacher(run: Run, processes: int) -> str:
     """Return what there is to say of the teacher's weights."""
     if not isinstance(run.teacher, FrozenScorer):
         return str(getattr(run.teacher, "kind", "elsewhere"))
     millions = sum(p.numel() for p in run.teacher.scorer.parameters()) / 1e6
     changes = "follows the student" if isinstance(run.teacher, Follows) else "frozen"
-    return f"{millions:.2f} M parameters, {changes}"
+    placed = f", {run.teacher.placed(processes)}" if isinstance(run.teacher, Spread) else ""
+    return f"{millions:.2f} M parameters, {changes}{placed}"
 
 
 def _number(value: Any) -> str:
@@ -191,6 +193,9 @@ def teacher_accuracy(run: Run) -> float | None:
         return None
     if run.teacher.view is not None:
         log.info("teacher_accuracy is left out: without its context the teacher is a student")
+        return None
+    if is_sharded(run.teacher.scorer.model):
+        log.info("teacher_accuracy is left out: the teacher is sharded, and one process asks for it")
         return None
     metric = ResponseMetrics(sync_on_compute=False)
     sampling, samples = data.evaluation.modes()[0]

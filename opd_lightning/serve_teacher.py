@@ -94,6 +94,7 @@ def load(config: DictConfig) -> Bench:
     require(tau is None, "teacher.scoring_temperature", "be null in a server", tau, remedy)
     require(source.cache is None, "teacher.cache", "be null in a server", source.cache, "set it in the run")
     require(source.offload is None, "teacher.offload", "be null in a server", source.offload, "leave it out")
+    require(not source.shard, "teacher.shard", "be false in a server", source.shard, "leave it out")
     check_dtype(source.dtype, "teacher.dtype")
     named, trust = (source.path, "teacher.path"), source.trust_remote_code
     tokenizer = load_tokenizer(*named, trust)

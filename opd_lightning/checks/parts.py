@@ -36,6 +36,11 @@ class Sizes(Protocol):
         """Most tokens of a micro-batch."""
         ...
 
+    @property
+    def score_tokens(self) -> int | None:
+        """Most tokens of a scorer's forward."""
+        ...
+
 
 def numbers(
     student_dtype: str,
@@ -141,10 +146,24 @@ def hidden(objective: Objective, teacher: TeacherSource) -> None:
     read = needs.full or any(term.target == "teacher" for term in needs.collected_full)
     if read and not getattr(teacher, "gives_hidden", True):
         raise ConfigError(
-            f"`support` must be selected ids with a served, cached or routed teacher ({type(teacher).__name__}), which "
-            f"gives no hidden states to compare whole vocabularies with, got {type(objective.support).__name__}; use "
-            "support=teacher or support=student, or a teacher in this process without a cache"
+            "`support` must be selected ids with a served, cached, routed or sharded teacher "
+            f"({type(teacher).__name__}), which gives no hidden states to compare whole vocabularies with, got "
+            f"{type(objective.support).__name__}; use support=teacher or support=student, or a teacher in this "
+            "process without a cache or teacher.shard"
         )
+
+
+def sharded(teacher: TeacherSource, rollout: RolloutSampler, collector: Sizes) -> None:
+    """Refuse a sharded teacher whose processes would call it unequally often, and wait for each other forever."""
+    if not getattr(teacher, "shard", False):
+        return
+    tokens = collector.score_tokens
+    condition = "be null with teacher.shard=true: processes would differ in their number of forwards"
+    require(tokens is None, "collector.score_tokens", condition, tokens, "use collector.score_rows")
+    both = sorted(rollout.writers & {"teacher", "mixed"})
+    condition = "be without a part for the teacher's model with teacher.shard=true, which scores alone"
+    remedy = "use rollout=top_p, or teacher.offload=cpu in place of teacher.shard"
+    require(not both, "rollout", condition, type(rollout).__name__, remedy)
 
 
 def changing(objective: Objective, teacher: Scoring, rollout: RolloutSampler, collector: Sizes) -> None:

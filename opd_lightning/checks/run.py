@@ -25,6 +25,7 @@ _PARTS: dict[str, Check] = {
     "support and estimator": parts.hidden,
     "support and teacher": parts.given_ids,
     "support.k": parts.own_support_size,
+    "teacher.shard": parts.sharded,
 }
 """How the parts fit together: nothing is read for it. Assembling a run checks it again."""
 

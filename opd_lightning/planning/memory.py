@@ -65,7 +65,7 @@ def memory(run: PlannedRun) -> Memory:
         "optimizer state": _divided(
             run.student.trained * run.width * run.optimizer_states, run, run.sharding.optimizer
         ),
-        **{f"{model.role} weights": model.shape.weights * model.width for model in here},
+        **{f"{m.role} weights": _divided(m.shape.weights * m.width, run, m.divided) for m in here},
         "experience": experience_bytes(run),
     }
     if run.engine == "copy":
@@ -165,7 +165,15 @@ def _score(run: PlannedRun) -> dict[str, float]:
     parts |= {f"{m.role} from the CPU": m.shape.weights * m.width for m in run.frozen if m.host and m.copy}
     if run.sharding.weights and run.sharding.whole and run.processes > 1:
         parts["gathered weights"] = _gathered(run)
+    for model in run.frozen:
+        if model.divided and run.processes > 1:
+            parts[f"{model.role}, gathered"] = _fetched(model.shape, model.width, run.processes)
     return parts
+
+
+def _fetched(shape: ModelShape, width: float, processes: int) -> float:
+    """Return what a forward holds of the weights of others: a layer and the one fetched ahead, or both ends."""
+    return min(max(2 * shape.layer, shape.ends), shape.weights * (1 - 1 / processes)) * width
 
 
 def _learn(run: PlannedRun) -> dict[str, float]:
@@ -180,8 +188,7 @@ def _learn(run: PlannedRun) -> dict[str, float]:
         "head scratch": _tiles(run) if run.exact_learning or run.full else _gather(run),
     }
     if run.sharding.weights and run.processes > 1:
-        # One layer and what is fetched ahead of it, or embedding and head.
-        parts["gathered weights"] = min(max(2 * shape.layer, shape.ends) * run.width, _gathered(run))
+        parts["gathered weights"] = _fetched(shape, run.width, run.processes)
     return parts
 
 

@@ -85,6 +85,7 @@ def _models(run: PlannedRun) -> str:
     for model in run.frozen:
         place = "" if model.copy else ", the student itself"
         place += ", waits on the CPU" if model.host else ""
+        place += ", a part on each process" if model.divided else ""
         lines.append(f"{model.role:<10} {count(model.shape.weights)} weights of {model.width:g} bytes{place}")
     if not any(model.role == "teacher" for model in run.frozen):
         lines.append("teacher    elsewhere: its memory and time are not in here")

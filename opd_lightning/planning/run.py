@@ -30,13 +30,18 @@ class Sharding:
 
 @dataclass(frozen=True, kw_only=True)
 class Frozen:
-    """A model beside the student: ``copy`` False where it is the student itself, ``host`` if it waits on the CPU."""
+    """A model beside the student.
+
+    ``copy`` is False where it is the student itself, ``host`` if it waits on the CPU, ``divided`` if each
+    process holds a part of it.
+    """
 
     role: str
     shape: ModelShape
     width: float
     copy: bool = True
     host: bool = False
+    divided: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -241,14 +241,9 @@ def _teachers(teacher: Any, field: str, dtype: str, student: ModelShape) -> Iter
     elif teacher.get("path"):
         live = teacher.get("weights") == "live"
         shape = student if live else ModelShape.at(teacher["path"], field, trust=_trusts(teacher))
-        yield Frozen(
-            role="teacher",
-            shape=shape,
-            width=quantised_bytes(teacher.get("quantization"))
-            or _width(dtype, field.replace("path", "dtype")),
-            copy=not live,
-            host=_waits(teacher),
-        )
+        width = quantised_bytes(teacher.get("quantization")) or _width(dtype, field.replace("path", "dtype"))
+        place = {"copy": not live, "host": _waits(teacher), "divided": bool(teacher.get("shard"))}
+        yield Frozen(role="teacher", shape=shape, width=width, **place)
 
 
 def quantised_bytes(quantization: object) -> float | None:

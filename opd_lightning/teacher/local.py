@@ -15,6 +15,7 @@ from opd_lightning.serving.identity import weights_digest
 from opd_lightning.teacher.cached import cached
 from opd_lightning.teacher.offloaded import Offload, OffloadedScorer
 from opd_lightning.teacher.quantized import configured
+from opd_lightning.teacher.sharded import ShardedScorer
 
 __all__ = ["FrozenScorer", "LocalTeacher"]
 
@@ -33,9 +34,12 @@ class LocalTeacher:
             otherwise; see :class:`~opd_lightning.teacher.offloaded.Offload`.
         quantization: how transformers quantises the weights on load; the head stays as it is. See
             :func:`~opd_lightning.teacher.quantized.configured`.
+        shard: whether each process of a run holds a part of the weights; see
+            :class:`~opd_lightning.teacher.sharded.ShardedScorer`. They are whole in the CPU's memory on load.
 
     Raises:
-        ConfigError: a way to offload or quantise that there is not, or both at once.
+        ConfigError: a way to offload or quantise that there is not, or more than one of offload, quantization and
+            shard, or a cache with shard.
     """
 
     path: str
@@ -45,6 +49,7 @@ class LocalTeacher:
     trust_remote_code: bool = False
     offload: str | None = None
     quantization: Mapping[str, Any] | QuantizationConfigMixin | None = None
+    shard: bool = False
 
     def __post_init__(self) -> None:
         condition, remedy = "be cpu or null", "use cpu"
@@ -52,12 +57,18 @@ class LocalTeacher:
         whole = self.offload is None or self.quantization is None
         condition = "be null with teacher.quantization, whose weights are not copied number by number"
         require(whole, "teacher.offload", condition, self.offload, "use one of the two")
+        remedy = "use true to hold a part of the weights on each process"
+        require(isinstance(self.shard, bool), "teacher.shard", "be true or false", self.shard, remedy)
+        for name in ("offload", "quantization", "cache") if self.shard else ():
+            value = getattr(self, name)
+            condition = "be null with teacher.shard=true"
+            require(value is None, f"teacher.{name}", condition, value, "use one of the two")
         configured(self.quantization)
 
     @property
     def gives_hidden(self) -> bool:
-        """Hidden states are not cached."""
-        return self.cache is None
+        """Hidden states are not cached, and a head in parts is whole inside its own forward alone."""
+        return self.cache is None and not self.shard
 
     def load(self, loading: Loading) -> Scoring:
         """Load the model, frozen and in evaluation mode.
@@ -69,7 +80,7 @@ class LocalTeacher:
         loading.check_temperature(self.scoring_temperature, "teacher.scoring_temperature")
         named = self.path, "teacher.path", self.dtype, self.trust_remote_code
         scorer = loading.frozen(*named, configured(self.quantization))
-        teacher = FrozenScorer(scorer)
+        teacher = ShardedScorer(scorer) if self.shard else FrozenScorer(scorer)
         if self.offload is not None:
             teacher = OffloadedScorer(scorer=scorer, weights=Offload(scorer, self.offload))
         if self.cache is None:

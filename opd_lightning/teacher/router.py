@@ -73,6 +73,9 @@ class Router:
             alone = isinstance(source, TeacherSource) and not isinstance(source, Router)
             require(alone, self.fields[name], "be a path, or an option of teacher but router", source, remedy)
             check_dtype(source.dtype, f"{self.fields[name]}.dtype")
+            # Processes have other rows of a teacher each, or none, and could not meet in its forwards.
+            whole, remedy = not getattr(source, "shard", False), "leave it out, or use one teacher"
+            require(whole, f"{self.fields[name]}.shard", "be false in a router", True, remedy)
         routes = self.routes if isinstance(self.routes, Mapping) else {"": self.routes}
         for value, name in routes.items():
             condition = f"lead each value to one of {', '.join(self.sources)}"

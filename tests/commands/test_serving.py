@@ -269,7 +269,11 @@ def test_a_server_has_no_cache(tmp_path, models_stay_closed):
 def test_whole_vocabularies_want_a_teacher_in_this_process(tmp_path, models_stay_closed, arguments, teacher):
     done = here("train", teacher, *arguments, folder=tmp_path / "run")
     refusal(
-        done, "support", "served, cached or routed", "gives no hidden states", "a teacher in this process"
+        done,
+        "support",
+        "served, cached, routed or sharded",
+        "gives no hidden states",
+        "a teacher in this process",
     )
 
 

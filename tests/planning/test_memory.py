@@ -206,6 +206,17 @@ def test_an_offloaded_teacher_is_on_the_device_while_it_scores():
     assert found.host["teacher weights"] == found.phases["score"]["teacher from the CPU"] == 2 * SHAPE.weights
 
 
+def test_a_sharded_teacher_is_divided_and_fetched_layer_by_layer():
+    teacher = Frozen(role="teacher", shape=SHAPE, width=2.0, divided=True)
+    found = memory(planned(frozen=(teacher,), processes=4))
+    assert found.held["teacher weights"] == 2 * SHAPE.weights / 4
+    most = max(2 * SHAPE.layer, SHAPE.ends)
+    assert found.phases["score"]["teacher, gathered"] == 2 * min(most, SHAPE.weights * 3 / 4) > 0
+    alone = memory(planned(frozen=(teacher,)))
+    assert alone.held["teacher weights"] == 2 * SHAPE.weights
+    assert "teacher, gathered" not in alone.phases["score"]
+
+
 @pytest.mark.parametrize(
     ("quantization", "size"),
     [
