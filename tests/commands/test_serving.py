@@ -107,7 +107,8 @@ def test_two_processes_share_a_server(tmp_path, address):
     assert done.code == 0, done.err
     both[-1] = f"hydra.run.dir={tmp_path / 'local'}"
     local = end(start("train", *SMALL, *both, cwd=tmp_path), tmp_path / "local")
-    assert done.losses == local.losses
+    # Which rows the server scores together depends on when both ask.
+    assert done.losses == pytest.approx(local.losses, rel=1e-5)
 
 
 def answered(address: str) -> int:
