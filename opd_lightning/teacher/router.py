@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -47,8 +48,8 @@ class Router:
     """
 
     column: str
-    teachers: Mapping[str | int, TeacherSource | str | None]  # a name such as 1 is a number in yaml
-    routes: Mapping[str | int, str]
+    teachers: Mapping[Any, TeacherSource | str | None]  # a name such as 1 is a number in yaml
+    routes: Mapping[Any, str]
     default: TeacherSource | str | None
     dtype: str
 

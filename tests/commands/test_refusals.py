@@ -53,7 +53,7 @@ SETTINGS = [
     (["trainer.max_steps=null"], "trainer.max_steps", ["got None"]),
     (["trainer.accumulate_grad_batches=0"], "trainer.accumulate_grad_batches", ["got 0"]),
     (["trainer.precision=bf16-true"], "trainer.precision", ["got 'bf16-true'", "student.dtype=bfloat16"]),
-    (["trainer.accelerator=wrong"], "trainer", ["lightning.Trainer", "'wrong'"]),
+    (["trainer.accelerator=wrong"], "trainer.accelerator", ["one of auto, cpu", "'wrong'"]),
     (["evaluation.every_steps=0"], "evaluation.every_steps", ["got 0", "null"]),
     (["evaluation.settings.top_p=0"], "evaluation.settings.top_p", ["in (0, 1]", "got 0"]),
     (["evaluation.settings.max_new_tokens=0"], "evaluation.settings.max_new_tokens", ["at least 1", "got 0"]),

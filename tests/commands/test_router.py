@@ -93,7 +93,7 @@ def test_the_option_alone_is_the_built_in_teacher(tmp_path):
         (["teacher.default=null"], "`teacher.teachers` must hold a teacher"),
         (["teacher.default=null", "+teacher.teachers.plus=P"], "got no difficulty in problem 0; use one of plus"),
         (["+teacher.teachers.plus=P"], "`teacher.column` must name one of plus in some row, got 'difficulty'"),
-        (["+teacher.teachers.plus=P", "support=full"], "`support` must be selected ids with a served, cached or"),
+        (["+teacher.teachers.plus=P", "support=full"], "`support` must be selected ids with a served, cached, routed"),
         (["+teacher.teachers.plus=nowhere/at/all"], "`teacher.teachers.plus` must be a folder with a model"),
         ([f"{FAR}.teachers.far=served", "teacher.teachers.far.address=far"], "`teacher.teachers.far.address` must"),
         ([f"{FAR}.default=served", "teacher.default.timeout_s=0"], "error: `teacher.default.timeout_s` must be"),
