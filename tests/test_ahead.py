@@ -13,6 +13,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from test_trainer import SAMPLED, Toy, Watch, sequence_divergence
+from tiny import random_rollout
 from torch import Tensor
 
 from opd_lightning import data
@@ -256,7 +257,7 @@ def test_a_run_ahead_learns():
 
 def test_what_was_taken_is_saved_until_it_is_experience():
     """A run that stops between generation and scoring: these weights could not write it again."""
-    ahead, now, following = Ahead(), object(), object()
+    ahead, now, following = Ahead(), random_rollout(1), random_rollout(1)
     ahead.restore(3, now)
     assert ahead.take(3).rollout is now
     ahead.restore(4, following)
