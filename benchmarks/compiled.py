@@ -21,7 +21,8 @@ from default_run import RESULTS, cpu
 from layouts import by_length, learning, medium, real_rows, scoring, timed
 
 from opd_lightning.commands import git_commit
-from opd_lightning.models import compile_layers, eager, load_model
+from opd_lightning.layers import compile_layers, eager
+from opd_lightning.models import load_model
 from opd_lightning.scorer import Scorer
 
 

@@ -18,6 +18,7 @@ from opd_lightning.collector import Collector
 from opd_lightning.data import Evaluation, OnPolicyData
 from opd_lightning.diagnostics.utilisation import Meter
 from opd_lightning.errors import require
+from opd_lightning.layers import check_checkpointing, checkpoint_layers
 from opd_lightning.loading import (
     FrozenScorer,
     Loading,
@@ -29,7 +30,7 @@ from opd_lightning.loading import (
     scorers_of,
 )
 from opd_lightning.lora import Lora
-from opd_lightning.models import check_checkpointing, checkpoint_layers, stop_ids
+from opd_lightning.models import stop_ids
 from opd_lightning.module import OnPolicyDistillation
 from opd_lightning.objective import Objective
 from opd_lightning.prompts import Prompts

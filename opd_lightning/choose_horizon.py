@@ -22,9 +22,10 @@ from opd_lightning.commands import build, check_seed, command, git_commit, plain
 from opd_lightning.diagnostics.horizon import DivergenceByPosition
 from opd_lightning.errors import require
 from opd_lightning.functional.divergence import reverse_kl
+from opd_lightning.layers import check_compiled, eager
 from opd_lightning.layout import check_layout
 from opd_lightning.loading import FrozenScorer, Loading, check_scratch, holding, load_scorer, paired
-from opd_lightning.models import check_compiled, check_dtype, eager, stop_ids
+from opd_lightning.models import check_dtype, stop_ids
 from opd_lightning.prompts import Prompts
 from opd_lightning.protocols import Engine
 from opd_lightning.schedule import within

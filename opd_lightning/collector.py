@@ -19,7 +19,7 @@ from opd_lightning.diagnostics.collection import CollectionReport, describe
 from opd_lightning.diagnostics.utilisation import Meter
 from opd_lightning.errors import require
 from opd_lightning.grades import grade, respond_and_grade
-from opd_lightning.models import eager
+from opd_lightning.layers import eager
 from opd_lightning.objective import Objective
 from opd_lightning.prompts import Prompts
 from opd_lightning.protocols import (

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from opd_lightning.layers import named_weights
 from opd_lightning.lora import adapted, merged, save_adapter
-from opd_lightning.models import named_weights
 from opd_lightning.module import OnPolicyDistillation
 from opd_lightning.sharding import unsharded
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from opd_lightning.errors import ConfigError, require
-from opd_lightning.models import is_sharded
+from opd_lightning.layers import is_sharded
 from opd_lightning.types import TokenBatch
 
 LAYOUTS = ("auto", "padded", "buckets", "packed")

@@ -15,15 +15,9 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from opd_lightning.errors import require
+from opd_lightning.layers import compile_layers, evaluating
 from opd_lightning.layout import check_packed
-from opd_lightning.models import (
-    compile_layers,
-    evaluating,
-    load_model,
-    load_tokenizer,
-    shared_vocabulary,
-    vocabulary_width,
-)
+from opd_lightning.models import load_model, load_tokenizer, shared_vocabulary, vocabulary_width
 from opd_lightning.protocols import Rests, Scoring
 from opd_lightning.scorer import Scorer, check_head
 from opd_lightning.types import Problem, PromptBatch, Scores, TokenBatch, Want

@@ -21,9 +21,9 @@ from opd_lightning.commands import build, plain
 from opd_lightning.diagnostics.responses import ResponseMetrics
 from opd_lightning.diagnostics.utilisation import measured_peak
 from opd_lightning.errors import ConfigError
+from opd_lightning.layers import is_sharded
 from opd_lightning.loading import FrozenScorer
 from opd_lightning.lora import Lora
-from opd_lightning.models import is_sharded
 from opd_lightning.objective import Objective
 from opd_lightning.planning.cost import cost
 from opd_lightning.planning.memory import memory

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import CustomPolicy
 
-from opd_lightning.models import mark_sharded, repeated_layers
+from opd_lightning.layers import mark_sharded, repeated_layers
 from opd_lightning.scorer import Scorer
 from opd_lightning.types import Scores, TokenBatch, Want
 

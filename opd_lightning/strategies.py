@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from torch import Tensor
 
 from opd_lightning.errors import ConfigError, require
-from opd_lightning.models import named_weights
+from opd_lightning.layers import named_weights
 from opd_lightning.module import OnPolicyDistillation
 from opd_lightning.sharding import partitioned, unsharded
 

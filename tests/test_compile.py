@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from opd_lightning.engine.shape import supports
 from opd_lightning.engine.transformers import TransformersEngine
-from opd_lightning.models import compile_layers, eager
+from opd_lightning.layers import compile_layers, eager
 from opd_lightning.scorer import Scorer
 from opd_lightning.sharding import shard, unsharded
 from opd_lightning.types import Sampling, Want

@@ -7,8 +7,8 @@ import torch
 from tiny import random_experience, tiny_model
 
 from opd_lightning.errors import ConfigError
+from opd_lightning.layers import check_checkpointing, checkpoint_layers
 from opd_lightning.lora import Lora
-from opd_lightning.models import check_checkpointing, checkpoint_layers
 from opd_lightning.scorer import Scorer
 from opd_lightning.types import Want
 

@@ -7,9 +7,10 @@ from typing import Protocol, runtime_checkable
 from opd_lightning.buffer import micro_batch_count
 from opd_lightning.checks.facts import ModelFacts
 from opd_lightning.errors import ConfigError, require
+from opd_lightning.layers import check_compiled
 from opd_lightning.layout import check_layout
 from opd_lightning.loading import TeacherSource, check_scratch, same_temperature
-from opd_lightning.models import check_compiled, check_dtype
+from opd_lightning.models import check_dtype
 from opd_lightning.objective import Objective
 from opd_lightning.protocols import Follows, RolloutSampler, Scoring
 from opd_lightning.schedule import within

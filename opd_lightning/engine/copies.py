@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from opd_lightning.layers import is_sharded, named_weights
 from opd_lightning.lora import adapted, merged
-from opd_lightning.models import is_sharded, named_weights
 
 
 def state_of(model: PreTrainedModel, version: int | None) -> Hashable:

@@ -17,7 +17,7 @@ from opd_lightning.engine.mixed import Library, decode_mixed
 from opd_lightning.engine.sampling import check, row_uniforms
 from opd_lightning.engine.shape import agrees, supports
 from opd_lightning.errors import ConfigError, require
-from opd_lightning.models import evaluating
+from opd_lightning.layers import evaluating
 from opd_lightning.protocols import Combine
 from opd_lightning.types import Generation, PromptBatch, Sampling
 

@@ -17,7 +17,8 @@ from opd_lightning.engine.transformers import TransformersEngine
 from opd_lightning.engine.vllm_adapter import Adapter, EngineSettings, check_installed, head_sizes
 from opd_lightning.engine.vllm_heads import WiderHeads, wider_heads
 from opd_lightning.errors import require
-from opd_lightning.models import check_dtype, evaluating
+from opd_lightning.layers import evaluating
+from opd_lightning.models import check_dtype
 from opd_lightning.types import Generation, PromptBatch, Sampling
 
 

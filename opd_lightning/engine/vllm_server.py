@@ -25,7 +25,7 @@ from opd_lightning.engine.transformers import TransformersEngine
 from opd_lightning.engine.vllm_heads import WiderHeads, wider_heads
 from opd_lightning.engine.vllm_http import Server, check_url
 from opd_lightning.errors import ConfigError, require
-from opd_lightning.models import evaluating
+from opd_lightning.layers import evaluating
 from opd_lightning.types import Generation, PromptBatch, Sampling
 
 _BLOCK = 128

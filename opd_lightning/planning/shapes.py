@@ -10,8 +10,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from opd_lightning.diagnostics.utilisation import Work
+from opd_lightning.layers import repeated_layers
 from opd_lightning.lora import Lora
-from opd_lightning.models import empty_model, repeated_layers
+from opd_lightning.models import empty_model
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from opd_lightning.chat import encode, left_padded
 from opd_lightning.errors import ConfigError, require
+from opd_lightning.layers import compile_layers
 from opd_lightning.loading import FrozenScorer, Loading, SharedScorer
-from opd_lightning.models import compile_layers
 from opd_lightning.protocols import Scoring
 from opd_lightning.schedule import Schedule, value_at, within
 from opd_lightning.scorer import Scorer

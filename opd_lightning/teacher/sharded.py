@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from opd_lightning.layers import is_sharded
 from opd_lightning.loading import FrozenScorer
-from opd_lightning.models import is_sharded
 from opd_lightning.sharding import shard
 
 

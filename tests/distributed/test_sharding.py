@@ -14,8 +14,8 @@ from torch.distributed.tensor import DTensor
 from opd_lightning import layout
 from opd_lightning.divergence.reverse_kl import ReverseKL
 from opd_lightning.engine.transformers import TransformersEngine
+from opd_lightning.layers import is_sharded, named_weights
 from opd_lightning.lora import Lora, adapters_off, merged, save_adapter
-from opd_lightning.models import is_sharded, named_weights
 from opd_lightning.scorer import Scorer
 from opd_lightning.sharding import decoder_layers, scorer_of, shard, total_norm, unsharded, wrap
 from opd_lightning.teacher.self_teacher import AveragedScorer
