@@ -43,7 +43,7 @@ from opd_lightning.processes import first_process, started_among_others
 from opd_lightning.redaction import redacted
 from opd_lightning.reporting import closing, log_settings, plan, summarise, teacher_accuracy
 from opd_lightning.resume.files import WholeFiles, written
-from opd_lightning.resume.finding import Earlier, alone, differences, find, forget, refuse_another
+from opd_lightning.resume.finding import Earlier, alone, differences, find, forget, refuse_another, way_on
 
 log = logging.getLogger(__name__)
 
@@ -361,9 +361,7 @@ def launched(config: DictConfig, overrides: list[str]) -> float | None:
             return train(config, folder, overrides, earlier)["accuracy_after"]
         except Stopped as stop:
             if first_process():
-                print(
-                    f"stopped {stop.reason}; the same command with resume={folder} goes on", file=sys.stderr
-                )
+                print(f"stopped {stop.reason}; {way_on(folder)}", file=sys.stderr, flush=True)
             sys.exit(stop.code)
 
 

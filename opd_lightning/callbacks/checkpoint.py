@@ -7,6 +7,8 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from opd_lightning.callbacks.stopping import Hurried
+
 
 class _InItsFolder(ModelCheckpoint):
     """Knows its files again where the run's folder was moved."""
@@ -47,8 +49,9 @@ class LatestCheckpoints(_InItsFolder):
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        """Save what the run has, unless the exception came in the middle of an optimizer step."""
-        if not getattr(pl_module, "stepping", False) and trainer.state.fn == "fit" and trainer.global_step:
+        """Save what the run has, unless the exception came within an optimizer step or leaves no time for it."""
+        whole = not getattr(pl_module, "stepping", False) and not isinstance(exception, Hurried)
+        if whole and trainer.state.fn == "fit" and trainer.global_step:
             self._save_now(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -15,20 +15,28 @@ from opd_lightning.errors import require
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
-class Stopped(Exception):
-    """The run was asked to stop; ``code`` is the command's exit code."""
+class Stopped(BaseException):
+    """The run was asked to stop; ``code`` is the command's exit code.
+
+    It is no ``Exception``, so that nothing on its way takes it for an error to be dealt with.
+    """
 
     def __init__(self, reason: str, code: int) -> None:
         super().__init__(reason)
         self.reason, self.code = reason, code
 
 
+class Hurried(Stopped):
+    """The run was asked to stop at once, without a checkpoint."""
+
+
 class StopWithCheckpoint(L.Callback):
     """Ends training behind an optimizer step after SIGTERM, SIGUSR1, Ctrl-C or a time limit.
 
     The checkpoint of that step is written, and the command leaves with exit code 128 + the signal's number, or
-    124 after a time limit. One process alone stops between generation and scoring too. A second signal of the
-    same kind does what it would have done without.
+    124 after a time limit. One process alone stops between generation and scoring too. Ctrl-C after any of them
+    ends the run where it is, within the writing of a checkpoint too, which is then left out; the next one kills.
+    Another second signal of the same kind does what it would have done without.
 
     Args:
         after_minutes: wall-clock limit of training in this process; None for none. Choose it below a queue's by
@@ -64,8 +72,12 @@ class StopWithCheckpoint(L.Callback):
             clock.listeners.append(self._between_phases)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self._asked and number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+            raise Hurried("by a second signal, SIGINT, without waiting for a checkpoint", 128 + number)
         self._asked = number
-        signal.signal(number, self._before.get(number) or signal.SIG_DFL)
+        if number != signal.SIGINT:
+            signal.signal(number, self._before.get(number) or signal.SIG_DFL)
 
     def _between_phases(self, phase: str | None) -> None:
         if phase in ("generate", "score", "probe"):

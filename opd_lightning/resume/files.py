@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -30,16 +31,18 @@ class WholeFiles(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write ``checkpoint`` to ``path``; say so where the disk refuses it, and go on."""
-        path = Path(path)
+        path, outer = Path(path), sys.exception()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with self._beside(path) as file:
                 torch.save(checkpoint, file)
             self.failed = False
         except (OSError, RuntimeError) as error:
-            told = _of_the_disk(error)
-            if told is None:
+            told = _cause(error, outer)
+            if told is error and not isinstance(told, OSError):
                 raise
+            if not isinstance(told, OSError):
+                raise told from None
             self.failed = True
             log.error(
                 "the checkpoint %s could not be written (%s); the run goes on and keeps those before it: free "
@@ -78,10 +81,16 @@ class WholeFiles(TorchCheckpointIO):
         _sync(path.parent)
 
 
-def _of_the_disk(error: BaseException | None) -> OSError | None:
-    """Return what the system said; torch's own writer stumbles over it once more and raises a RuntimeError."""
-    while error is not None and not isinstance(error, OSError):
-        error = error.__context__
+def _cause(error: BaseException, outer: BaseException | None) -> BaseException:
+    """Return what the system said, or what a signal raised, in place of what became of it.
+
+    torch's own writer stumbles over either once more and raises a RuntimeError; ``outer`` was there before.
+    """
+    cause: BaseException | None = error
+    while cause is not None and cause is not outer:
+        if isinstance(cause, OSError) or not isinstance(cause, Exception):
+            return cause
+        cause = cause.__context__
     return error
 
 

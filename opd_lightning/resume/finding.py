@@ -131,6 +131,17 @@ def _of(folder: Path, *, begin_anew: bool) -> Earlier | None:
     return Earlier(folder=folder, checkpoint=None, step=0, finished=done) if begin_anew or done else None
 
 
+def way_on(folder: Path) -> str:
+    """Return a sentence on what a run that was cut off has left, and how to go on with it."""
+    kept = checkpoints(folder)
+    how = (
+        f"from {kept[0][1].name}, its latest checkpoint"
+        if kept
+        else "from its beginning: it has no checkpoint"
+    )
+    return f"the same command with resume={folder} goes on {how}"
+
+
 def _saved(path: Path) -> dict[str, Any] | None:
     """Return a run's configuration; None where there is none, or one that a kill cut off or another program's."""
     try:

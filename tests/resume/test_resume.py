@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import load_file
 
 from opd_lightning.errors import ConfigError
-from tests.commands.running import here
+from tests.commands.running import end, here, start
 
 SHORT = [
     "trainer.max_steps=8",
@@ -187,12 +187,46 @@ def test_a_signal_ends_it_with_a_checkpoint(number, wholes, tmp_path):
     out, err = process.communicate()
     assert process.returncode == 128 + number, err
     assert "Traceback" not in out + err
-    assert f"stopped by {number.name}" in err
+    assert f"stopped by {number.name}; the same command with resume={folder} goes on from step=" in err
     assert not (folder / "summary.json").exists()
     done = here("train", *SHORT, "resume=auto", folder=folder)
     assert done.code == 0, done.err
     assert "resumed" in done.out
     same_end(folder, whole)
+
+
+@pytest.mark.parametrize(
+    ("within", "step", "goes_on"),
+    [
+        ("checkpoint", 2, "from step=2.ckpt, its latest checkpoint"),
+        ("checkpoint", 0, "from its beginning: it has no checkpoint"),
+        ("step", 2, "from step=2.ckpt, its latest checkpoint"),
+    ],
+)
+def test_a_second_interrupt_ends_it_at_once(within, step, goes_on, wholes, tmp_path):
+    """Within the first one's checkpoint, or before there is one: what was there before stays, and goes on."""
+    folder, hook = tmp_path / "run", "callbacks.twice"
+    target = f"+{hook}._target_=tests.resume.interrupting.Twice"
+    process = start(
+        "train",
+        *SHORT,
+        *(target, f"+{hook}.step={step}", f"+{hook}.within={within}", f"hydra.run.dir={folder}"),
+        cwd=Path(__file__).parents[2],
+    )
+    done = end(process, folder)
+    assert done.code == 130, done.err
+    assert "Traceback" not in done.out + done.err
+    expected = (
+        "stopped by a second signal, SIGINT, without waiting for a checkpoint; the same command with resume="
+    )
+    assert f"{expected}{folder} goes on {goes_on}" in done.err
+    left = list((folder / "checkpoints").iterdir()) if (folder / "checkpoints").is_dir() else []
+    assert [path.name for path in left if "best" not in path.name] == (["step=2.ckpt"] if step else [])
+    if within == "checkpoint" and step:
+        done = here("train", *SHORT, "resume=auto", folder=folder)
+        assert done.code == 0, done.err
+        assert "from step=2.ckpt" in done.out
+        same_end(folder, wholes("default"))
 
 
 def test_a_time_limit_ends_it_with_a_checkpoint(wholes, tmp_path):
