@@ -13,10 +13,10 @@ from steps import ADAM, CLIP, RATE, Job, K, Meter
 
 from opd_lightning.assemble import CollectorSettings, Run, assemble
 from opd_lightning.clock import PhaseClock
-from opd_lightning.data import Evaluation
 from opd_lightning.divergence.reverse_kl import ReverseKL
 from opd_lightning.engine.transformers import TransformersEngine
 from opd_lightning.estimator.topk import TopK
+from opd_lightning.evaluation import Evaluation
 from opd_lightning.objective import Objective
 from opd_lightning.protocols import Support
 from opd_lightning.reduction.token_mean import TokenMean

@@ -15,9 +15,10 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from opd_lightning.checks import parts
 from opd_lightning.clock import PhaseClock
 from opd_lightning.collector import Collector
-from opd_lightning.data import Evaluation, OnPolicyData
+from opd_lightning.data import OnPolicyData
 from opd_lightning.diagnostics.utilisation import Meter
 from opd_lightning.errors import require
+from opd_lightning.evaluation import Evaluation
 from opd_lightning.layers import check_checkpointing, checkpoint_layers
 from opd_lightning.loading import (
     FrozenScorer,

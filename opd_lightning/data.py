@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import lightning as L
@@ -15,7 +14,7 @@ from opd_lightning.buffer import check_one_count, micro_batches
 from opd_lightning.collector import Collector
 from opd_lightning.diagnostics.collection import CollectionReport
 from opd_lightning.diagnostics.utilisation import measured_peak
-from opd_lightning.errors import require
+from opd_lightning.evaluation import NO_ANSWER, Evaluation, GradedLoader
 from opd_lightning.processes import gathered_objects, world_of
 from opd_lightning.prompts import Prompts
 from opd_lightning.resume import randomness
@@ -38,59 +37,6 @@ class Movable(Protocol):
     def to(self, device: torch.device) -> object:
         """Move the weights to ``device``."""
         ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """How held-out problems are answered: once greedily, and ``samples`` times at ``temperature``.
-
-    Args:
-        problems: at most so many problems of the split; None for all.
-        max_new_tokens: budget of a response; one that reaches it counts as wrong.
-        temperature, top_p, top_k, min_p: of the sampled responses.
-        samples: sampled responses a problem; 0 for greedy only.
-        batch: problems generated together.
-    """
-
-    problems: int | None
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    top_k: int
-    min_p: float
-    samples: int
-    batch: int
-
-    def __post_init__(self) -> None:
-        require(
-            self.problems is None or self.problems >= 1,
-            "evaluation.settings.problems",
-            "be at least 1",
-            self.problems,
-            "use null for all",
-        )
-        for sampling, _ in self.modes():
-            sampling.checked("evaluation.settings")
-        require(
-            self.samples >= 0,
-            "evaluation.settings.samples",
-            "be at least 0",
-            self.samples,
-            "use 0 for greedy only",
-        )
-        require(self.batch >= 1, "evaluation.settings.batch", "be at least 1", self.batch, "use 64")
-
-    def modes(self) -> list[tuple[Sampling, int]]:
-        """Return the sampling and samples a problem of each evaluation: greedy, then sampled."""
-        greedy = Sampling(max_new_tokens=self.max_new_tokens, temperature=0.0)
-        sampled = Sampling(
-            max_new_tokens=self.max_new_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            min_p=self.min_p,
-        )
-        return [(greedy, 1)] + ([(sampled, self.samples)] if self.samples else [])
 
 
 class OnPolicyData(L.LightningDataModule):
@@ -201,7 +147,22 @@ class OnPolicyData(L.LightningDataModule):
         """Return a loader of graded responses for each way of answering."""
         if self.validation is None:
             return []
-        return [GradedLoader(self, self.validation, *mode) for mode in self.evaluation.modes()]
+        return [self._graded_loader(self.validation, *mode) for mode in self.evaluation.modes()]
+
+    def _graded_loader(self, prompts: Prompts, sampling: Sampling, samples: int) -> GradedLoader:
+        def answer(rows: Sequence[int]) -> Graded:
+            # Gathered for each batch: Lightning does not run a loader to its end, where a block around all would close.
+            student = self.student
+            drawing = self.collector.drawing(student, self.trainer.global_step)  # type: ignore[union-attr]
+            with self.counting(), self.precision(), unsharded(student), drawing:
+                answers = self.collector.evaluate(
+                    student, prompts, rows, sampling, samples, max(len(rows), 1)
+                )
+                return next(answers, NO_ANSWER)
+
+        settings = self.evaluation
+        count = len(prompts) if settings.problems is None else min(settings.problems, len(prompts))
+        return GradedLoader(count, settings.batch, self.world, answer)
 
     # -- checkpoints
 
@@ -318,50 +279,3 @@ class ExperienceLoader:
         means = report.means(data.world.total, torch.device(trainer.strategy.root_device))
         data.metrics = means | data.collector.clock.lap(data.peak_tflops)
         return steps
-
-
-_NO_ANSWER = Graded(
-    correct=torch.zeros(0),
-    lengths=torch.zeros(0, dtype=torch.long),
-    truncated=torch.zeros(0, dtype=torch.bool),
-    repetition=torch.zeros(0),
-    repetitive=torch.zeros(0, dtype=torch.bool),
-    group=torch.zeros(0, dtype=torch.long),
-    difficulty=(),
-    prompts=(),
-    texts=(),
-)
-
-
-class GradedLoader:
-    """Yields graded responses to this rank's share of a split.
-
-    Every rank yields the same number of batches, the last of them empty where its share is short: the
-    ranks meet at each to gather sharded weights, and after all to sum the metrics.
-    """
-
-    def __init__(self, data: OnPolicyData, prompts: Prompts, sampling: Sampling, samples: int) -> None:
-        world, evaluation = data.world, data.evaluation
-        count = len(prompts) if evaluation.problems is None else min(evaluation.problems, len(prompts))
-        self.data, self.prompts, self.sampling, self.samples = data, prompts, sampling, samples
-        self.rows = range(world.rank, count, world.size)
-        self.longest = -(-count // world.size)
-
-    def __len__(self) -> int:
-        return -(-self.longest // self.data.evaluation.batch)
-
-    def __iter__(self) -> Iterator[Graded]:
-        batch = self.data.evaluation.batch
-        for start in range(0, self.longest, batch):
-            yield self._answer(self.rows[start : start + batch])
-
-    def _answer(self, rows: Sequence[int]) -> Graded:
-        # Gathered for each batch: Lightning does not run a loader to its end, where a block around all would close.
-        collector, student = self.data.collector, self.data.student
-        assert self.data.trainer is not None
-        drawing = collector.drawing(student, self.data.trainer.global_step)
-        with self.data.counting(), self.data.precision(), unsharded(student), drawing:
-            answers = collector.evaluate(
-                student, self.prompts, rows, self.sampling, self.samples, max(len(rows), 1)
-            )
-            return next(answers, _NO_ANSWER)

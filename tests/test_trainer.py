@@ -12,12 +12,13 @@ import torch
 from tiny import tiny_model
 
 from opd_lightning.collector import Collector
-from opd_lightning.data import Evaluation, OnPolicyData
+from opd_lightning.data import OnPolicyData
 from opd_lightning.divergence.reverse_kl import ReverseKL
 from opd_lightning.engine.transformers import TransformersEngine
 from opd_lightning.estimator.discounted import Discounted
 from opd_lightning.estimator.token import Token
 from opd_lightning.estimator.topk import TopK
+from opd_lightning.evaluation import Evaluation
 from opd_lightning.models import load_tokenizer
 from opd_lightning.module import OnPolicyDistillation
 from opd_lightning.objective import Objective

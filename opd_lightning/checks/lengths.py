@@ -19,7 +19,7 @@ from opd_lightning.types import Sampling
 
 @runtime_checkable
 class Evaluates(Protocol):
-    """How held-out problems are answered; see :class:`~opd_lightning.data.Evaluation`."""
+    """How held-out problems are answered; see :class:`~opd_lightning.evaluation.Evaluation`."""
 
     def modes(self) -> Iterable[tuple[Sampling, int]]:
         """Return the sampling and samples of each evaluation."""
