@@ -10,9 +10,9 @@ import sys
 import torch
 from hydra import compose, initialize_config_dir
 
+from opd_lightning.building import run_from
 from opd_lightning.commands import quiet
 from opd_lightning.paths import CONF_DIR
-from opd_lightning.train import run_from
 from opd_lightning.world import World
 
 PROGRESS = 0.5  # where a schedule has begun and not ended: at 0 TrOPD has prefixes alone

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 from torch.optim import Optimizer
@@ -63,6 +63,14 @@ class CollectorSettings:
     def __post_init__(self) -> None:
         sizes = (self.prompts_per_collection, self.steps_per_collection, self.score_rows, self.probe_rows)
         check_sizes(*sizes, self.score_tokens)
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """What is the collector's own, and not its prompts'."""
+        return {name: value for name, value in vars(self).items() if name not in _OF_PROMPTS}
+
+
+_OF_PROMPTS = {"max_prompt_tokens", "long_prompts", "prompt_pool"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,13 +163,8 @@ def assemble(
     frozen = teacher.load(loading)
     parts.given_ids(objective, frozen)
     parts.changing(objective, frozen, rollout, collector)
-    if isinstance(frozen, FrozenScorer):
-        student.set_target("teacher", frozen.scorer)
-        if objective.needs.full:
-            frozen.keep_head()
     referred = (reference or Initial()).load(loading) if objective.needs.reference else None
-    if referred is not None:
-        student.set_target("reference", referred.scorer)
+    _aim(student, objective, frozen, referred)
     # Refuses writers that are not there.
     writers_for(engine, student, frozen, tokenizer, stops, rollout.writers)
     clock = PhaseClock()
@@ -175,14 +178,9 @@ def assemble(
         objective=objective,
         tokenizer=tokenizer,
         stop_ids=stops,
-        prompts_per_collection=collector.prompts_per_collection,
-        steps_per_collection=collector.steps_per_collection,
-        score_rows=collector.score_rows,
-        probe_rows=collector.probe_rows,
-        score_tokens=collector.score_tokens,
-        micro_batch_tokens=collector.micro_batch_tokens,
         clock=clock,
         meter=_metered(clock, student, frozen, referred),
+        **collector.sizes,
     )
     follower = frozen if isinstance(frozen, Follows) else None
     module = OnPolicyDistillation(student, objective, optimizer, scheduler, follower)
@@ -192,6 +190,16 @@ def assemble(
         teacher=frozen,
         tokenizer=tokenizer,
     )
+
+
+def _aim(student: Scorer, objective: Objective, teacher: Scoring, reference: FrozenScorer | None) -> None:
+    """Give the student's exact terms the heads of the models beside it that they read."""
+    if isinstance(teacher, FrozenScorer):
+        student.set_target("teacher", teacher.scorer)
+        if objective.needs.full:
+            teacher.keep_head()
+    if reference is not None:
+        student.set_target("reference", reference.scorer)
 
 
 def _prompts(

@@ -9,12 +9,12 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from opd_lightning.building import KEYS, lora_from, objective_from, optimizer_from
 from opd_lightning.commands import build, command, quiet, refuse_unknown_keys
 from opd_lightning.planning.cost import Cost, cost
 from opd_lightning.planning.memory import Memory, memory
 from opd_lightning.planning.report import compared, report
 from opd_lightning.reporting import assumptions, peak_of, planned
-from opd_lightning.train import KEYS, lora_from, objective_from, optimizer_from
 
 
 def estimate(config: DictConfig) -> str:

@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Table
 
+from opd_lightning.building import KEYS, makers, trainer_from
 from opd_lightning.callbacks.history import EvaluationHistory
 from opd_lightning.checks.finding import Finding, ok
 from opd_lightning.checks.run import everything
@@ -24,7 +25,6 @@ from opd_lightning.loading import ReadsProblems
 from opd_lightning.models import load_tokenizer
 from opd_lightning.prompts import Prompts
 from opd_lightning.redaction import hide
-from opd_lightning.train import KEYS, makers, trainer_from
 
 _PATIENCE = {"patience_s": 1.0, "timeout_s": 10.0, "retries": 0}
 """How long a server is waited for here: a run that starts is more patient."""

@@ -21,10 +21,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from commands.running import here
 from opd_lightning.assemble import CollectorSettings
+from opd_lightning.building import KEYS, objective_from
 from opd_lightning.commands import build, plain, refuse_unknown_keys
 from opd_lightning.errors import ConfigError
 from opd_lightning.paths import CONF_DIR
-from opd_lightning.train import KEYS, objective_from
 
 ROOT = yaml.safe_load((CONF_DIR / "train.yaml").read_text())
 CHOSEN = {

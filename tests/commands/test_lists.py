@@ -3,7 +3,7 @@
 import pytest
 
 from commands.running import here
-from opd_lightning.train import objective_from
+from opd_lightning.building import objective_from
 
 from .test_configuration import LISTED, PRESETS, composed
 

@@ -22,7 +22,7 @@ BIN = Path(sys.executable).parent
 
 # Modules that may know Hydra: the commands, and what they share.
 COMMANDS = {"train", "evaluate", "make_task", "toy_gamma", "choose_horizon", "serve_teacher"}
-COMMANDS |= {"reporting", "commands", "overrides", "plan", "preflight"}
+COMMANDS |= {"reporting", "building", "commands", "overrides", "plan", "preflight"}
 # Modules that may know Lightning: the two halves and what runs them.
 RUNNERS = {"processes", "module", "data", "assemble", "export", "callbacks", "optim", "strategies"}
 RUNNERS |= {"loggers", "resume"}

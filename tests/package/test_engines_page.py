@@ -9,10 +9,10 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from opd_lightning import serve_teacher
+from opd_lightning.building import KEYS, objective_from
 from opd_lightning.commands import build, refuse_unknown_keys
 from opd_lightning.errors import ConfigError
 from opd_lightning.paths import CONF_DIR
-from opd_lightning.train import KEYS, objective_from
 from package.readme import ROOT, Command, blocks, command, links
 
 PAGE = ROOT / "docs" / "engines.md"

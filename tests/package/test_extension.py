@@ -11,9 +11,9 @@ import torch
 from hydra import compose, initialize_config_dir
 from parts.tabular import World
 
+from opd_lightning.building import run_from
 from opd_lightning.collector import World as Processes
 from opd_lightning.paths import CONF_DIR
-from opd_lightning.train import run_from
 from package.readme import ROOT, Command, blocks, commands, write_files
 
 

@@ -8,9 +8,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from opd_lightning import toy_gamma
+from opd_lightning.building import KEYS, objective_from
 from opd_lightning.commands import build, refuse_unknown_keys
 from opd_lightning.paths import CONF_DIR
-from opd_lightning.train import KEYS, objective_from
 from package.readme import ROOT, command, links
 
 PAGE = ROOT / "docs" / "methods.md"

@@ -13,10 +13,10 @@ from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from opd_lightning.building import run_from
 from opd_lightning.callbacks.samples import transcript
 from opd_lightning.commands import plain
 from opd_lightning.paths import CONF_DIR
-from opd_lightning.train import run_from
 from package.readme import python_program, run_here, run_program, substituted
 
 SHORT = {

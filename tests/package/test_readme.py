@@ -17,10 +17,10 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from opd_lightning.assemble import CollectorSettings
+from opd_lightning.building import KEYS, objective_from
 from opd_lightning.commands import build, plain, refuse_unknown_keys
 from opd_lightning.errors import ConfigError
 from opd_lightning.paths import CONF_DIR
-from opd_lightning.train import KEYS, objective_from
 from package.readme import (
     ROOT,
     TEXT,

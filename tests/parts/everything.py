@@ -9,11 +9,11 @@ from hydra import compose, initialize_config_dir
 from tabular import World as Tables
 from tabular import stale, with_reference
 
+from opd_lightning.building import objective_from
 from opd_lightning.mask.special_tokens import SpecialTokens
 from opd_lightning.objective import Objective
 from opd_lightning.paths import CONF_DIR
 from opd_lightning.support.teacher import TeacherTopK
-from opd_lightning.train import objective_from
 from opd_lightning.types import Experience, Origin, Scores
 
 

@@ -11,13 +11,13 @@ from hydra.utils import instantiate
 from tabular import World as Tables
 from tabular import stale, with_reference
 
+from opd_lightning.building import objective_from
 from opd_lightning.estimator.token import Token
 from opd_lightning.objective import Objective
 from opd_lightning.paths import CONF_DIR
 from opd_lightning.reduction.token_mean import TokenMean
 from opd_lightning.reward.log_ratio import LogRatio
 from opd_lightning.support.teacher import TeacherTopK
-from opd_lightning.train import objective_from
 from opd_lightning.types import Needs, Origin, TokenLoss, Want
 from opd_lightning.world import World
 
