@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Protocol, runtime_checkable
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 BLOCK = 256
 """Slots added at a time: memory follows the text that exists, and copies stay rare."""
+
+
+@runtime_checkable
+class Cache(Protocol):
+    """Where a layer's new keys and values go, and all of them come from."""
+
+    def write(
+        self,
+        layer: int,
+        key: Float[Tensor, "batch heads new dim"],
+        value: Float[Tensor, "batch heads new dim"],
+    ) -> tuple[Float[Tensor, "batch heads slots dim"], Float[Tensor, "batch heads slots dim"]]:
+        """Take in the new ones and return the layer's keys and values."""
+        ...
 
 
 class KeyValueCache:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from opd_lightning.engine.cache import KeyValueCache
+from opd_lightning.engine.cache import Cache, KeyValueCache
 
 _FUSE_BELOW = 2**24
 """Weights up to this many elements a layer are copied side by side, to be applied in one product."""
@@ -101,9 +101,9 @@ class Decoder:
         """
         batch, prompt = ids.shape
         x = F.embedding(ids, self.embed)
-        cos, sin = self._rotations(x, prompt + budget)
+        cos, sin = self.rotations(x, prompt + budget)
         position = (mask.cumsum(-1) - 1).clamp_(min=0)
-        like = x.new_empty(0, dtype=_compute_dtype(x))
+        like = x.new_empty(0, dtype=compute_dtype(x))
         cache = KeyValueCache(
             len(self.layers), batch, self.kv_heads, self.head_dim, prompt + budget, like=like
         )
@@ -125,20 +125,30 @@ class Decoder:
         position = state.position + 1
         state.cache.open(1)
         bias = None if state.bias is None else state.bias[..., : state.cache.used]
-        x = F.embedding(ids[:, None], self.embed)
-        cos, sin = state.cos[position][:, None, None], state.sin[position][:, None, None]
-        x = self._layers(x, cos, sin, state.cache, bias)
-        return self.head(self.norm(x[:, -1])), replace(state, position=position)
+        logits = self.forward(ids, position, state.cos, state.sin, state.cache, bias)
+        return logits, replace(state, position=position)
 
-    def _rotations(self, x: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        ids: Int[Tensor, " batch"],
+        position: Int[Tensor, " batch"],
+        cos: Float[Tensor, "positions dim"],
+        sin: Float[Tensor, "positions dim"],
+        cache: Cache,
+        bias: Float[Tensor, "batch 1 1 slots"] | None,
+    ) -> Float[Tensor, "batch vocab"]:
+        """Return the logits after one more token of every row, at ``position``; nothing here waits for a GPU."""
+        x = F.embedding(ids[:, None], self.embed)
+        x = self._layers(x, cos[position][:, None, None], sin[position][:, None, None], cache, bias)
+        return self.head(self.norm(x[:, -1]))
+
+    def rotations(self, x: Tensor, slots: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines of every position, the sign of the half turn folded into the sines."""
         cos, sin = self.rotary(x, torch.arange(slots, device=x.device)[None])
         half = self.head_dim // 2
         return cos[0], torch.cat([-sin[0, :, :half], sin[0, :, half:]], -1)
 
-    def _layers(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueCache, mask: Tensor | None
-    ) -> Tensor:
+    def _layers(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache, mask: Tensor | None) -> Tensor:
         for index, layer in enumerate(self.layers):
             x = x + self._attend(layer, index, layer.input_norm(x), cos, sin, cache, mask)
             gate, up = _split(layer.gate_up, layer.mlp_norm(x), 2)
@@ -152,7 +162,7 @@ class Decoder:
         x: Float[Tensor, "batch new hidden"],
         cos: Tensor,
         sin: Tensor,
-        cache: KeyValueCache,
+        cache: Cache,
         mask: Tensor | None,
     ) -> Float[Tensor, "batch new hidden"]:
         batch, new, _ = x.shape
@@ -175,7 +185,8 @@ class Decoder:
         return layer.out(mixed)
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype of products with ``x``, which under autocast is not its own."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
@@ -231,7 +242,7 @@ def _norm(module: Any) -> Norm:
 
 def _linear(module: Any) -> Linear:
     # Under autocast the products would cast the weights at every step; they are cast once instead.
-    dtype = _compute_dtype(module.weight)
+    dtype = compute_dtype(module.weight)
     bias = None if module.bias is None else module.bias.to(dtype)
     return Linear(weight=module.weight.to(dtype), bias=bias)
 

@@ -12,14 +12,14 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from opd_lightning.engine.cache import survivors
-from opd_lightning.engine.decoder import Decoder
 from opd_lightning.engine.drawn import Record
 from opd_lightning.engine.sampling import draw
+from opd_lightning.engine.steps import Steps
 from opd_lightning.types import Generation, Sampling
 
 
 def decode(
-    decoder: Decoder,
+    decoder: Steps,
     ids: Int[Tensor, "batch prompt"],
     mask: Bool[Tensor, "batch prompt"],
     uniforms: Float[Tensor, "batch time"],

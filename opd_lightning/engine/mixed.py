@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,33 +11,11 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from opd_lightning.engine.cache import survivors
-from opd_lightning.engine.decoder import Decoder
 from opd_lightning.engine.drawn import Record
 from opd_lightning.engine.sampling import draw
+from opd_lightning.engine.steps import Steps
 from opd_lightning.protocols import Combine
 from opd_lightning.types import Generation, Sampling
-
-
-class _State(Protocol):
-    """Where a model stands in its rows."""
-
-    def keep(self, order: Int[Tensor, " kept"]) -> Any:
-        """Return the state of the rows ``order``."""
-        ...
-
-
-class Steps(Protocol):
-    """A model, token by token; the fast decoder is one."""
-
-    def prefill(
-        self, ids: Int[Tensor, "batch prompt"], mask: Bool[Tensor, "batch prompt"], budget: int
-    ) -> tuple[Float[Tensor, "batch vocab"], Any]:
-        """Read left-padded prompts; return the logits after the last token and the state to go on from."""
-        ...
-
-    def step(self, ids: Int[Tensor, " batch"], state: Any) -> tuple[Float[Tensor, "batch vocab"], Any]:
-        """Read one more token of every row; return the logits after it and the new state."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +66,7 @@ class Library:
 
 
 def decode_mixed(
-    models: Sequence[Decoder | Library],
+    models: Sequence[Steps],
     ids: Int[Tensor, "batch prompt"],
     mask: Bool[Tensor, "batch prompt"],
     uniforms: Float[Tensor, "batch time"],
@@ -105,8 +82,7 @@ def decode_mixed(
     record = Record(len(ids), sampling, ids.device)
     rows = torch.arange(len(ids), device=ids.device)
     by_time, plain = uniforms.T.contiguous(), replace(sampling, top_ids=0)
-    steppers: list[Steps] = list(models)
-    read = [model.prefill(ids, mask, sampling.max_new_tokens - 1) for model in steppers]
+    read = [model.prefill(ids, mask, sampling.max_new_tokens - 1) for model in models]
     for time in range(sampling.max_new_tokens):
         student, teacher = _log_probs([logits for logits, _ in read], sampling.vocab)
         drawn, logp, _ = draw(combine(student, teacher), by_time[time][rows], plain)
@@ -115,11 +91,11 @@ def decode_mixed(
         left = int((~done).sum())
         if left == 0 or time + 1 == sampling.max_new_tokens:
             break
-        states: list[_State] = [state for _, state in read]
+        states = [state for _, state in read]
         if left < len(rows):
             order = survivors(done, left)
             rows, drawn, states = rows[order], drawn[order], [state.keep(order) for state in states]
-        read = [model.step(drawn, state) for model, state in zip(steppers, states, strict=True)]
+        read = [model.step(drawn, state) for model, state in zip(models, states, strict=True)]
     return record.generation()
 
 

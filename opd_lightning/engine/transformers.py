@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ from opd_lightning.engine.drawn import Record, join
 from opd_lightning.engine.mixed import Library, decode_mixed
 from opd_lightning.engine.sampling import check, row_uniforms
 from opd_lightning.engine.shape import agrees, supports
+from opd_lightning.engine.static import StaticDecoder
+from opd_lightning.engine.steps import Steps
 from opd_lightning.errors import ConfigError, require
 from opd_lightning.layers import evaluating
 from opd_lightning.protocols import Combine
@@ -32,18 +35,25 @@ class TransformersEngine:
     Llama, Mistral, Qwen2 and Qwen3, which refuses other models; ``"generate"`` is the library's own
     ``model.generate``, for every model; ``"auto"`` is the first where it can be. Greedy, they give the
     same tokens; sampled too, but for a draw within rounding of the border between two tokens. ``ahead``:
-    collections that are written before they are needed, by the weights of that time.
+    collections that are written before they are needed, by the weights of that time. ``graphs``: the fast
+    decoder's steps are recorded as CUDA graphs, which see the same tokens up to rounding; on a CPU the same
+    steps run unrecorded, in the same memory, for no gain. A model that it does not run is warned about.
     """
 
     batch_size: int = 128
     method: str = "auto"
     ahead: int = 0
+    graphs: bool = False
 
     def __post_init__(self) -> None:
         """Raise ConfigError for a field out of range."""
         require(self.batch_size >= 1, "engine.batch_size", "be at least 1", self.batch_size, "raise it")
         require(self.method in _METHODS, "engine.method", f"be one of {_METHODS}", self.method, "use auto")
         check_ahead(self.ahead)
+        require(isinstance(self.graphs, bool), "engine.graphs", "be true or false", self.graphs, "use false")
+        whole = self.graphs and self.method == "generate"
+        remedy = "use engine.method=auto, whose fast decoder is what is recorded"
+        require(not whole, "engine.graphs", "be false with engine.method=generate", self.graphs, remedy)
 
     @torch.no_grad()
     def generate(self, model: PreTrainedModel, prompts: PromptBatch, sampling: Sampling) -> Generation:
@@ -55,7 +65,7 @@ class TransformersEngine:
         """
         _check(prompts, sampling)
         with evaluating(model):
-            decoder = self._decoder(model, prompts) if len(prompts) else None
+            decoder = self._steps(model, prompts, sampling) if len(prompts) else None
 
             def decode(ids: Tensor, mask: Tensor, uniforms: Tensor) -> Generation:
                 if decoder is None:
@@ -80,9 +90,11 @@ class TransformersEngine:
         """
         _check(prompts, sampling)
         with evaluating(student), evaluating(teacher):
-            models: list[Decoder | Library] = []
+            models: list[Steps] = []
             if len(prompts):
-                models = [self._decoder(model, prompts) or Library(model) for model in (student, teacher)]
+                models = [
+                    self._steps(model, prompts, sampling) or Library(model) for model in (student, teacher)
+                ]
 
             def decode(ids: Tensor, mask: Tensor, uniforms: Tensor) -> Generation:
                 return decode_mixed(models, ids, mask, uniforms, sampling, combine)
@@ -99,11 +111,31 @@ class TransformersEngine:
         uniforms = row_uniforms(prompts.seeds, sampling.max_new_tokens).to(prompts.ids.device)
         order = lengths.argsort(stable=True)
         chunks = []
-        for rows in order.tensor_split(-(-len(prompts) // self.batch_size)):
+        for rows in order.tensor_split(self._chunks(prompts)):
             # The rows of a chunk have similar lengths; the padding that all of them share goes.
             width = int(lengths[rows].amax())
             chunks.append(decode(prompts.ids[rows, -width:], prompts.mask[rows, -width:], uniforms[rows]))
         return join(chunks, order)
+
+    def _chunks(self, prompts: PromptBatch) -> int:
+        return -(-len(prompts) // self.batch_size)
+
+    def _steps(self, model: PreTrainedModel, prompts: PromptBatch, sampling: Sampling) -> Steps | None:
+        """Return the fast decoder, with steps that can be recorded where ``graphs`` asks for it, or None."""
+        decoder = self._decoder(model, prompts)
+        if not self.graphs:
+            return decoder
+        if decoder is None:
+            warnings.warn(
+                f"engine.graphs has no effect on this {type(model).__name__}, which the library's own loop "
+                "runs; engine.graphs=false asks for it at once",
+                stacklevel=2,
+            )
+            return None
+        rows = -(-len(prompts) // self._chunks(prompts))
+        return StaticDecoder(
+            decoder, rows=rows, slots=int(prompts.mask.sum(-1).amax()) + sampling.max_new_tokens - 1
+        )
 
     def _decoder(self, model: PreTrainedModel, prompts: PromptBatch) -> Decoder | None:
         """Return the model's weights for the fast decoder, read afresh, or None for the library's loop."""
