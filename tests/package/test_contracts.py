@@ -79,7 +79,7 @@ def test_parts_are_one_layer_of_siblings():
     assert contract["exhaustive"]
     (parts,) = [set(layer.split(" | ")) for layer in contract["layers"] if "estimator" in layer]
     groups = {p.name for p in (ROOT / "conf").iterdir() if p.is_dir()}
-    assert groups & modules() - {"callbacks", "collector", "planning"} <= parts
+    assert groups & modules() - {"callbacks", "collector", "evaluation", "planning"} <= parts
     assert {
         m.split(".")[1] for m in CONTRACTS["The parts do not know the two halves"]["source_modules"]
     } == parts
