@@ -4,8 +4,8 @@
 
 Each run trains three optimizer steps in a process of its own, put together as a Python user does. Compared is
 what training adds to the loaded models: the peak of the resident memory over that with both models loaded and
-one forward of each done, against the estimate's parts without libraries and weights. Writes a dated table
-into results.
+one forward of each done, against the estimate's parts without libraries and weights. A step of a tiny run comes
+before, for what libraries load at their first use, which belongs to them. Writes a dated table into results.
 """
 
 from __future__ import annotations
@@ -130,6 +130,10 @@ def estimated(case: Case, job: Job) -> Memory:
 
 def measured(case: Case) -> dict[str, Any]:
     """Train in this process; return measured and estimated MB."""
+    with tempfile.TemporaryDirectory() as folder:
+        tiny = Job(folder=Path(folder), steps=1, response=16)
+        tiny.make(512)
+        train(case.kind, tiny)
     with tempfile.TemporaryDirectory() as folder:
         job = prepared(case, Path(folder))
         plan = estimated(case, job)

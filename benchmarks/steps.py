@@ -142,7 +142,12 @@ class Meter:
 
     @torch.no_grad()
     def start(self, job: Job, models: Sequence[Any]) -> None:
-        """Note the memory with the models loaded and one forward of each done (logits of one position)."""
+        """Note the memory with the models loaded and one forward of each done (logits of one position).
+
+        Every weight is read: those of a file that is mapped are resident from then on alone.
+        """
+        for weight in (weight for model in models for weight in model.parameters()):
+            weight.sum()
         ids = torch.ones(job.batch, job.prompt + job.response, dtype=torch.long)
         for model in models:
             model(input_ids=ids, logits_to_keep=1)

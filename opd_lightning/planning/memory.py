@@ -1,12 +1,14 @@
 """Bytes of a process, by part and at the worst moment.
 
 Held all the time are weights, gradients, the optimizer's state, the frozen models and the experience. What
-comes and goes belongs to one of three phases, of which the largest counts:
+comes and goes belongs to one of four phases, of which the largest counts:
 
-    generate    the key-value cache, weights gathered from other processes, one step's logits
-    score       one forward of a scorer without gradient, its tiles of logits, the experience a second time
+    generate    the key-value cache, joined weights, weights gathered from other processes, one step's logits
+    score       one forward of a scorer without gradient, or its head's logits; the experience a second time
     learn       activations of a micro-batch, the head's tiles, a gradient in the making
     step        what the optimizer needs beside its state
+
+Beside each lies what the allocator keeps to itself, a share of all that a run makes.
 """
 
 from __future__ import annotations
@@ -18,9 +20,23 @@ from opd_lightning.planning.shapes import ModelShape
 
 _TILE = 4 * 2**20
 """Bytes of a tile of logits on a CPU; see :mod:`opd_lightning.functional.head.tiles`."""
+_RANKED = (256, 2**20)
+"""Rows of logits that a CPU ranks at once: at least the one, else so many elements; see the same module."""
+_COMPARED = 10
+"""Buffers of two heads' logits that a divergence over the whole vocabulary may want."""
 _BLOCK = 256
 """Slots by which the decoder's cache grows; see :mod:`opd_lightning.engine.cache`."""
+_JOINED = 2**24
+"""Elements up to which the decoder joins matrices of one input; see :mod:`opd_lightning.engine.decoder`."""
 _WIDTH = {"float32": 4.0, "mixed": 2.0, "half": 2.0}
+KEPT = {"cpu": 0.2, "cuda": 0.1}
+"""Share of what a run makes that an allocator holds beside it: freed blocks that nothing fits into.
+
+On CPUs 0.1 to 0.25 was measured (benchmarks/plan_memory.py, glibc), most where responses differ in length; on
+GPUs it is a guess.
+"""
+_WHOLE_BLOCK = 32 * 2**20
+"""Bytes from which glibc asks the system for a block, and gives it back, each time: it leaves no gap."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +88,25 @@ def memory(run: PlannedRun) -> Memory:
         held["engine's copy"] = run.student.weights * (run.width if run.compute == "float32" else 2.0)
     held = {name: size for name, size in held.items() if size}
     phases = {"generate": _generate(run), "score": _score(run), "learn": _learn(run), "step": _step(run)}
+    trained = held.get("gradients", 0.0) + held.get("optimizer state", 0.0)
+    made = _in_gaps(run) * trained + held["experience"]
+    for parts in phases.values():
+        parts["allocator"] = KEPT[run.device] * (made + sum(parts.values()))
     host = {f"{m.role} weights": m.shape.weights * m.width for m in placed if m.host}
     return Memory(held=held, phases=phases, host=host)
+
+
+def _in_gaps(run: PlannedRun) -> float:
+    """Return the share of the trained weights in matrices small enough for an allocator's own blocks."""
+    shape = run.student
+    if run.device != "cpu" or shape.trained < shape.weights:
+        return 1.0
+    kinds = (
+        (shape.ends, shape.vocab),
+        (shape.body, shape.inner),
+    )  # all of a kind, and one matrix's longer side
+    small = sum(every for every, side in kinds if side * shape.hidden * run.width < _WHOLE_BLOCK)
+    return small / (shape.ends + shape.body)
 
 
 def activation_bytes(shape: ModelShape, tokens: float, compute: str) -> float:
@@ -121,10 +154,27 @@ def cache_bytes(run: PlannedRun, shape: ModelShape, width: float) -> float:
         return run.engine_cache
     if run.engine == "server":
         return 0.0
-    rows = min(run.engine_rows, run.collection_rows)
-    slots = min(-(-run.longest_row // _BLOCK) * _BLOCK, run.longest_row)
-    before = (run.longest_row - 1) // _BLOCK * _BLOCK
-    return 2.0 * shape.layers * shape.key * width * rows * (slots + before)
+    answered = run.prompt_tokens + run.evaluation_tokens, run.evaluation_rows // run.processes
+
+    def held(length: int, rows: int) -> float:
+        slots, before = min(-(-length // _BLOCK) * _BLOCK, length), (length - 1) // _BLOCK * _BLOCK
+        return 2.0 * shape.layers * shape.key * width * min(run.engine_rows, rows) * (slots + before)
+
+    return max(held(run.longest_row, run.collection_rows), held(*answered))
+
+
+def forward_bytes(shape: ModelShape, tokens: float, width: float) -> float:
+    """Return what a layer's forward without gradient holds: its states four times, and its MLP or attention."""
+    return tokens * width * (4 * shape.hidden + max(3 * shape.inner, 4 * shape.query))
+
+
+def joined_bytes(run: PlannedRun) -> float:
+    """Return the copies of weights that the decoder makes: rounded ones under autocast, else joined ones."""
+    shape = run.student
+    if run.compute == "mixed":
+        return 2.0 * (shape.body + shape.vocab * shape.hidden)
+    joined = (shape.hidden * (shape.query + 2 * shape.key), shape.hidden * 2 * shape.inner)
+    return run.width * shape.layers * sum(size for size in joined if size <= _JOINED)
 
 
 def _divided(size: float, run: PlannedRun, divided: bool) -> float:
@@ -145,6 +195,9 @@ def _generate(run: PlannedRun) -> dict[str, float]:
             more = cache_bytes(run, model.shape, model.width)
             parts["key-value cache"] = parts.get("key-value cache", 0.0) + more
     if run.engine == "here":
+        tokens = min(run.engine_rows, run.collection_rows) * run.prompt_tokens
+        parts["reading prompts"] = forward_bytes(run.student, tokens, _WIDTH[run.compute])
+        parts["joined weights"] = joined_bytes(run)
         parts["logits"] = 3 * 4.0 * min(run.engine_rows, run.collection_rows) * run.student.vocab
     if run.sharding.weights and run.sharding.whole and run.processes > 1:
         parts["gathered weights"] = _gathered(run)
@@ -156,12 +209,11 @@ def _score(run: PlannedRun) -> dict[str, float]:
     models: list[tuple[ModelShape, float]] = [(m.shape, m.width) for m in run.frozen]
     if run.student_scored or run.probe_rows:
         models.append((run.student, _WIDTH[run.compute]))
-    passes = [tokens * width * (3 * s.inner + 4 * s.hidden + s.query + 2 * s.key) for s, width in models]
-    parts = {
-        "one forward": max(passes, default=0.0),
-        "head scratch": _tiles(run),
-        "experience again": experience_bytes(run),
-    }
+    one = max((forward_bytes(shape, tokens, width) for shape, width in models), default=0.0)
+    states = max((tokens * width * shape.hidden for shape, width in models), default=0.0)
+    head = _ranking(run) if run.support else _tiles(run)
+    parts = {"one forward": one} if one > states + head else {"hidden states": states, "head scratch": head}
+    parts["experience again"] = experience_bytes(run)
     parts |= {f"{m.role} from the CPU": m.shape.weights * m.width for m in run.frozen if m.host and m.copy}
     if run.sharding.weights and run.sharding.whole and run.processes > 1:
         parts["gathered weights"] = _gathered(run)
@@ -180,20 +232,33 @@ def _learn(run: PlannedRun) -> dict[str, float]:
     shape, width = run.student, _WIDTH[run.compute]
     tokens = run.micro_batch_rows * run.longest_row
     head = shape.vocab * shape.hidden * 4.0 if shape.work.head_trained else 0.0
+    layer = tokens * width * (3 * shape.inner + 2 * shape.hidden)
+    # The gradient of a tied head waits for that of the embedding; another's is gone when the last layer begins.
+    own = layer + head if shape.tied else max(layer, head)
+    if run.micro_batch_rows == run.step_rows and run.processes == 1:
+        # The gradients of the step before go when the forward has ended, and make room for the backward's own.
+        own = max(0.0, own - shape.trained * run.width)
     parts = {
         "activations": kept_bytes(shape, tokens, run.compute, run.checkpointing),
-        "backward's own": tokens * width * (3 * shape.inner + 2 * shape.hidden),
-        # The head's gradient is made whole before it is added to another: the embedding's, or the last micro-batch's.
-        "head's gradient": head,
-        "head scratch": _tiles(run) if run.exact_learning or run.full else _gather(run),
+        "backward's own": own,
+        "head scratch": _gather(run),
     }
+    if (
+        run.full
+    ):  # it makes the gradients of head and states in the forward pass, beside those of the step before
+        states = run.micro_batch_rows * run.longest * shape.hidden * 4.0
+        parts |= {"backward's own": max(own, head + states), "head scratch": _whole_rows(run, _COMPARED)[0]}
+    elif run.exact_learning:
+        parts["head scratch"] = _tiles(run)
     if run.sharding.weights and run.processes > 1:
         parts["gathered weights"] = _fetched(shape, run.width, run.processes)
     return parts
 
 
 def _step(run: PlannedRun) -> dict[str, float]:
-    """Return the optimizer's own: on a GPU a copy of all that it steps at once, else of its largest weight."""
+    """Return the optimizer's own: on a GPU a copy of all that it steps at once, else two of its largest weight."""
+    if run.optimizer_fused:
+        return {"optimizer's own": 0.0}
     trained = _divided(run.student.trained * run.width, run, run.sharding.optimizer)
     largest = _divided(min(run.student.ends, run.student.trained) * run.width, run, run.sharding.optimizer)
     return {"optimizer's own": trained if run.device == "cuda" else 2 * largest}
@@ -201,6 +266,21 @@ def _step(run: PlannedRun) -> dict[str, float]:
 
 def _tiles(run: PlannedRun) -> float:
     return run.scratch if run.device == "cuda" else min(run.scratch, 3.0 * _TILE)
+
+
+def _whole_rows(run: PlannedRun, buffers: int) -> tuple[float, int]:
+    """Return the bytes of whole rows of logits in so many buffers, and how many rows that is."""
+    most, vocab = max(1, int(run.scratch / (4.0 * buffers * run.student.vocab))), run.student.vocab
+    if run.device == "cpu":
+        most = min(most, max(_RANKED[0], _RANKED[1] // vocab))
+    rows = min(most, max(run.scoring_rows, run.micro_batch_rows) * run.longest)
+    return 4.0 * buffers * vocab * rows, rows
+
+
+def _ranking(run: PlannedRun) -> float:
+    """Return what the K likeliest ids of each position need: logits, a spare of them, and K blocks of 64 ids."""
+    size, rows = _whole_rows(run, 2)
+    return size + (rows * run.support * 64 * 20.0 if run.support * 256 <= run.student.vocab else 0.0)
 
 
 def _gather(run: PlannedRun) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from opd_lightning.planning.cost import Cost
-from opd_lightning.planning.memory import Memory
+from opd_lightning.planning.memory import KEPT, Memory
 from opd_lightning.planning.run import PlannedRun
 from opd_lightning.planning.settings import Assumptions
 
@@ -146,8 +146,13 @@ def _assumed(run: PlannedRun, assumed: Assumptions, peak_tflops: float) -> list[
         f"every prompt has {run.prompt_tokens} tokens{bound}, a response {run.mean:.4g} in the mean and "
         f"{run.longest} at most",
         f"a device does {peak_tflops:.4g} TFLOP/s at its peak, of which are reached: {reached} (planning.*)",
-        f"libraries and the device's context take {size(run.runtime)}; fragmentation is not counted: "
-        "on a CPU training took 6 to 36 % more than its parts here (benchmarks/plan_memory.py)",
+        f"libraries and the device's context take {size(run.runtime)}; what the allocator keeps beside what a run "
+        f"makes is taken for {KEPT[run.device]:.0%} of that, "
+        + (
+            "of matrices below 32 MiB alone, by measurement"
+            if run.device == "cpu"
+            else "a guess: no GPU was measured"
+        ),
         "in memory each response is at its longest, and so is each row of the largest micro-batch",
         "attention's matrix is not kept (sdpa or flash attention), and its arithmetic is not counted",
         "communication, loading, grading and waiting for other processes take no time",

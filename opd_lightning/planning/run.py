@@ -51,7 +51,8 @@ class PlannedRun:
     Args:
         student: its shape; ``width`` the bytes of a weight, ``compute`` the precision of its passes.
         frozen: teachers and the reference, where they are in this process.
-        optimizer_states: bytes of optimizer state for a byte of trained weight.
+        optimizer_states: bytes of optimizer state for a byte of trained weight; ``optimizer_fused`` where a step
+            makes no copies.
         sharding: what the strategy divides over ``processes``, on ``nodes``.
         device: cpu or cuda.
         checkpointing: whether activations are computed again in the backward pass.
@@ -77,6 +78,7 @@ class PlannedRun:
     compute: Compute
     frozen: tuple[Frozen, ...]
     optimizer_states: float
+    optimizer_fused: bool
     sharding: Sharding
     processes: int
     nodes: int

@@ -116,6 +116,7 @@ def planned_run(
         compute=_compute(student["dtype"], str(trainer["precision"])),
         frozen=tuple(_frozen(values, shape, objective)),
         optimizer_states=state_share(optimizer),
+        optimizer_fused=bool(getattr(optimizer, "keywords", {}).get("fused")),
         sharding=sharding(values["strategy"]),
         processes=processes or size[0],
         nodes=size[1],

@@ -48,6 +48,7 @@ def planned(**changes) -> PlannedRun:
         compute="float32",
         frozen=(Frozen(role="teacher", shape=SHAPE, width=2.0),),
         optimizer_states=2.0,
+        optimizer_fused=False,
         sharding=Sharding(name="auto", buckets=True),
         processes=1,
         nodes=1,
@@ -199,6 +200,71 @@ def test_parts_add_up_to_the_peak_of_the_worst_phase():
     assert memory(planned(prompt_tokens=2000, score_rows=1)).worst == "learn"
 
 
+def test_gradients_make_room_for_the_backward_pass_of_a_whole_step():
+    """4 rows of 30 tokens: MLP and states of a layer, and the head's gradient beside it as it is tied."""
+    assert SHAPE.tied
+    layer = 4 * 30 * 4 * (3 * SHAPE.inner + 2 * SHAPE.hidden)
+    head = SHAPE.vocab * SHAPE.hidden * 4
+    cut = memory(planned(accumulate=2)).phases["learn"]
+    assert cut["backward's own"] == layer / 2 + head
+    whole = memory(planned()).phases["learn"]
+    assert whole["backward's own"] == max(0, layer + head - SHAPE.weights * 4)
+    untied = replace(SHAPE, tied=False)
+    assert memory(planned(student=untied, accumulate=2)).phases["learn"]["backward's own"] == max(
+        layer / 2, head
+    )
+
+
+def test_ranking_ids_wants_whole_rows_of_logits():
+    """20,000 logits: 256 rows in two buffers, and of each row 4 blocks of 64 ids with places and values."""
+    wide = replace(SHAPE, vocab=20_000)
+    score = memory(planned(student=wide, longest=40)).phases["score"]
+    assert score["head scratch"] == 2 * 4 * 20_000 * 256 + 256 * 4 * 64 * 20
+    assert "one forward" not in score
+    # Eight rows of 40 positions are 320; with 10 there are 80 to rank.
+    assert memory(planned(student=wide, longest=10)).phases["score"]["head scratch"] == 80 * (160_000 + 5120)
+    # 10,000 tokens through the layers are more than that.
+    assert "one forward" in memory(planned(student=wide, prompt_tokens=10_000)).phases["score"]
+
+
+def test_the_decoder_joins_small_matrices():
+    generate = memory(planned()).phases["generate"]
+    each = SHAPE.hidden * (SHAPE.query + 2 * SHAPE.key + 2 * SHAPE.inner)
+    assert generate["joined weights"] == SHAPE.layers * each * 4
+    large = replace(SHAPE, hidden=4096, inner=4096, query=4096, key=64)
+    assert memory(planned(student=large)).phases["generate"]["joined weights"] == 0
+    rounded = memory(planned(compute="mixed")).phases["generate"]["joined weights"]
+    assert rounded == 2 * (SHAPE.body + SHAPE.vocab * SHAPE.hidden)
+
+
+def test_answers_to_held_out_problems_may_have_the_larger_cache():
+    """8 responses of 30 tokens are collected; 100 of 10 + 500 come in blocks of 256: 510 slots and 256 before."""
+    run = planned(evaluation_rows=100, evaluation_tokens=500)
+    row = 2 * SHAPE.layers * SHAPE.key * 4
+    assert memory(run).phases["generate"]["key-value cache"] == row * 100 * (510 + 256)
+    assert memory(planned()).phases["generate"]["key-value cache"] == row * 8 * 30
+
+
+def test_a_fused_optimizer_makes_no_copies():
+    assert memory(planned(optimizer_fused=True)).phases["step"]["optimizer's own"] == 0
+    assert memory(planned()).phases["step"]["optimizer's own"] == 2 * SHAPE.ends * 4
+    run = configured()
+    assert not run.optimizer_fused
+    fused = partial(torch.optim.AdamW, lr=1e-3, fused=True)
+    assert planned_run(VALUES, objective_of(4), drawn(20), fused, assumed()).optimizer_fused
+
+
+def test_an_allocator_keeps_a_share_of_what_is_made_but_of_matrices_of_32_mib():
+    found = memory(planned())
+    made = found.held["gradients"] + found.held["optimizer state"] + found.held["experience"]
+    step = found.phases["step"]
+    assert step["allocator"] == pytest.approx(0.2 * (made + step["optimizer's own"]))
+    wide = replace(SHAPE, vocab=2**23 // SHAPE.hidden, ends=2**23, body=2**20)
+    held, gaps = memory(planned(student=wide)).held, memory(planned(student=wide)).phases["step"]
+    made = (held["gradients"] + held["optimizer state"]) / 9 + held["experience"]
+    assert gaps["allocator"] == pytest.approx(0.2 * (made + gaps["optimizer's own"]))
+
+
 def test_an_offloaded_teacher_is_on_the_device_while_it_scores():
     teacher = Frozen(role="teacher", shape=SHAPE, width=2.0, host=True)
     found = memory(planned(frozen=(teacher,)))
@@ -320,14 +386,17 @@ VALUES = {
 }
 
 
-def configured(objective=None, **changes) -> PlannedRun:
-    values = {name: VALUES[name] | changes.get(name, {}) for name in VALUES}
-    objective = objective or Objective(
+def objective_of(k: int) -> Objective:
+    return Objective(
         estimator=TopK(divergence=ReverseKL(), form="renormalised"),
-        support=TeacherTopK(k=4),
+        support=TeacherTopK(k=k),
         reduction=TokenMean(),
     )
-    return planned_run(values, objective, drawn(20), ADAM, assumed())
+
+
+def configured(objective=None, **changes) -> PlannedRun:
+    values = {name: VALUES[name] | changes.get(name, {}) for name in VALUES}
+    return planned_run(values, objective or objective_of(4), drawn(20), ADAM, assumed())
 
 
 def test_a_configuration_becomes_numbers():
