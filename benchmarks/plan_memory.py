@@ -2,10 +2,11 @@
 
     OMP_NUM_THREADS=1 python benchmarks/plan_memory.py       # fifteen minutes on one core, Linux
 
-Each run trains three optimizer steps in a process of its own, put together as a Python user does, three times. Compared is
-what training adds to the loaded models: the peak of the resident memory over that with both models loaded and
-one forward of each done, against the estimate's parts without libraries and weights. A step of a tiny run comes
-before, for what libraries load at their first use, which belongs to them. Writes a dated table into results.
+Each run trains three optimizer steps in a process of its own, put together as a Python user does, three times.
+Compared is what training adds to the loaded models: the peak of the resident memory over that with both models
+loaded and one forward of each done, against the estimate's parts without libraries and weights. A step of a tiny
+run comes before, for what libraries load at their first use, which belongs to them. Writes a dated table into
+results.
 """
 
 from __future__ import annotations
@@ -195,7 +196,8 @@ def main() -> None:
         batch = f"{case.batch} x (32 + {case.response})"
         lines.append(
             f"| {name} | {shape} | {batch} | {found['weights']:.0f} | {found['state']:.0f} | {found['estimate']:.0f} | "
-            f"{found['phase']} | {middle:.0f} ({sizes[0]:.0f} to {sizes[-1]:.0f}) | **{found['estimate'] / middle:.2f}** |"
+            f"{found['phase']} | {middle:.0f} ({sizes[0]:.0f} to {sizes[-1]:.0f}) | "
+            f"**{found['estimate'] / middle:.2f}** |"
         )
         print(lines[-1], flush=True)
     (RESULTS / f"{date.today()}_plan_memory.md").write_text("\n".join(lines) + "\n")
