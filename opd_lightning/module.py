@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from opd_lightning.diagnostics.responses import ResponseMetrics
 from opd_lightning.errors import require
@@ -130,6 +130,17 @@ class OnPolicyDistillation(L.LightningModule):
         values = {name: float(value) for name, value in metrics.items()}
         for logger in self.loggers:
             logger.log_metrics(values, step=self.trainer.global_step)
+
+    def on_train_start(self) -> None:
+        """Begin at the learning rate of the steps planned now: a checkpoint has that of those planned then."""
+        for config in self.trainer.lr_scheduler_configs:
+            schedule = config.scheduler
+            if isinstance(schedule, LambdaLR):
+                rates = zip(
+                    schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
+                )
+                for group, base, factor in rates:
+                    group["lr"] = base * factor(schedule.last_epoch)
 
     def on_train_batch_start(self, batch: Experience, batch_idx: int) -> None:
         """Keep Lightning's own count of steps, for callbacks that log, equal to the optimizer's."""

@@ -106,7 +106,8 @@ def go_on(trainer: L.Trainer, earlier: Earlier, config: dict[str, Any], override
         return
     others = differences(earlier.folder, config)
     if others:
-        log.warning("the run goes on with other settings than it began with: %s", ", ".join(others))
+        total = "; schedules are those of the new total" if "trainer.max_steps" in others else ""
+        log.warning("the run goes on with other settings than it began with: %s%s", ", ".join(others), total)
     where = "from its beginning" if earlier.checkpoint is None else f"from {earlier.checkpoint.name}"
     print(f"resumed   {earlier.folder} {where}", flush=True)
     line = {"step": earlier.step, "overrides": overrides, "git_commit": git_commit()}

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import yaml
 
 from opd_lightning.errors import ConfigError
 from opd_lightning.resume.files import checkpoints, readable
+
+log = logging.getLogger(__name__)
 
 _HANDED_ON = "OPD_LIGHTNING_RESUME"
 """Environment variable by which a process tells those that it starts what it found."""
@@ -29,7 +32,8 @@ _FREE_OF_TRAINER = ("devices", "num_nodes", "accelerator", "enable_progress_bar"
 class Earlier:
     """A run to go on with: its folder, its latest whole checkpoint and that one's optimizer step.
 
-    ``checkpoint`` is None for a run that was cut off before its first: it begins anew in its folder.
+    ``checkpoint`` is None for a run that was cut off before its first: it begins anew in its folder. ``finished``
+    says that it has taken all the steps that are wanted.
     """
 
     folder: Path
@@ -43,6 +47,8 @@ def find(wanted: str | None, config: Mapping[str, Any], folder: Path, depth: int
 
     ``auto`` is the run in ``folder``, if there is one, else the latest that was begun with the same
     configuration beside it: ``depth`` folders up and as many down. Anything else is the folder of a run.
+    A finished run whose folder is named goes on where more steps are wanted now; that of another command is left
+    as it is, since its results would be replaced.
 
     Args:
         wanted: the value of ``resume``.
@@ -51,7 +57,8 @@ def find(wanted: str | None, config: Mapping[str, Any], folder: Path, depth: int
         depth: folders between runs and what holds them all, 0 for a folder that was given.
 
     Raises:
-        ConfigError: a folder without a run, or of one with another student.
+        ConfigError: a folder without a run, of one with another student, or of a finished one with fewer steps
+            and without a checkpoint.
     """
     if wanted is None:
         return None
@@ -70,20 +77,35 @@ def forget() -> None:
 
 def _latest(config: Mapping[str, Any], folder: Path, depth: int) -> Earlier | None:
     if _saved(folder / "config.yaml") is not None:
-        return _of(folder, begin_anew=True)
+        return _of(folder, _planned(config), begin_anew=True)
     root = folder.parents[depth - 1] if depth else folder
     same = _comparable(config, folder)
     known = root.glob("/".join(["*"] * depth) + "/config.yaml") if depth else iter(())
-    for path in sorted(known, key=lambda p: p.stat().st_mtime, reverse=True):
+    latest = sorted(known, key=lambda p: p.stat().st_mtime, reverse=True)
+    for path in latest:
         # A grid's jobs differ in what they are told and in the folder's own name.
         saved = _saved(path)
         if (
             saved is not None
             and _comparable(saved, path.parent) == same
-            and (found := _of(path.parent, begin_anew=False)) is not None
+            and (found := _of(path.parent, _planned(config), begin_anew=False)) is not None
         ):
             return found
+    _say_shorter(latest, config, same)
     return None
+
+
+def _say_shorter(latest: Iterable[Path], config: Mapping[str, Any], same: str) -> None:
+    """Name the latest finished run that is this one but for fewer steps."""
+    for path in latest:
+        saved, ended = _saved(path), _ended(path.parent)
+        if saved is None or ended is None or ended >= _planned(config):
+            continue
+        saved["trainer"]["max_steps"] = _planned(config)
+        if _comparable(saved, path.parent) == same:
+            told = "a run like this one has finished after %d steps in %s: resume=%s goes on with it; this one is new"
+            log.info(told, ended, path.parent, path.parent)
+            return
 
 
 def _named(folder: Path, config: Mapping[str, Any]) -> Earlier:
@@ -100,7 +122,7 @@ def _named(folder: Path, config: Mapping[str, Any]) -> Earlier:
                 f"`student.{key}` must be that of the run in {folder}, {was!r}, got {now!r}; leave it as it was, or "
                 "begin a new run with resume=null"
             )
-    found = _of(folder, begin_anew=True)
+    found = _of(folder, _planned(config), begin_anew=True)
     assert found is not None
     return found
 
@@ -122,13 +144,31 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _of(folder: Path, *, begin_anew: bool) -> Earlier | None:
+def _of(folder: Path, planned: int, *, begin_anew: bool) -> Earlier | None:
     """Return the run of a folder as it can go on; without a checkpoint only if it may begin anew there."""
-    done = (folder / "summary.json").is_file()
+    ended = _ended(folder)
+    done = ended is not None and ended >= planned
     for step, path in checkpoints(folder):
         if done or readable(path) is not None:
             return Earlier(folder=folder, checkpoint=path, step=step, finished=done)
+    if ended is not None and not done:
+        raise ConfigError(
+            f"`trainer.max_steps` must be at most the {ended} of the finished run in {folder}, which has no checkpoint "
+            f"to go on from, got {planned}; begin a new run with resume=null, in another folder"
+        )
     return Earlier(folder=folder, checkpoint=None, step=0, finished=done) if begin_anew or done else None
+
+
+def _planned(config: Mapping[str, Any]) -> int:
+    return int(config["trainer"]["max_steps"])
+
+
+def _ended(folder: Path) -> int | None:
+    """Return after how many optimizer steps the run of a folder has ended; None where it has not."""
+    try:
+        return int(json.loads((folder / "summary.json").read_text())["optimizer_steps"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
 
 
 def way_on(folder: Path) -> str:

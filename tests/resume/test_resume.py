@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import yaml
 from safetensors.torch import load_file
 
 from opd_lightning.errors import ConfigError
+from opd_lightning.resume.finding import forget
 from tests.commands.running import end, here, start
 
 SHORT = [
@@ -144,6 +146,73 @@ def test_a_finished_run_is_left_as_it_is(wholes):
     assert done.code == 0, done.err
     assert "is finished" in done.out
     assert (whole / "summary.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("ended", [4, 5])
+def test_a_finished_run_is_extended(ended, wholes, tmp_path):
+    """After a step with a checkpoint of its own, and after one whose checkpoint is that of the end."""
+    whole, folder, more = wholes("default"), tmp_path / "run", "trainer.max_steps=8"
+    done = here("train", *SHORT, f"trainer.max_steps={ended}", folder=folder)
+    assert done.code == 0, done.err
+    before = (folder / "summary.json").read_bytes()
+    done = here(
+        "train", *SHORT, more, "callbacks.stopping.after_minutes=0.0001", "resume=auto", folder=folder
+    )
+    assert done.code == 124
+    assert (folder / "summary.json").read_bytes() == before
+    named = "resume=auto" if ended == 4 else f"resume={folder}"
+    done = here("train", *SHORT, more, named, folder=folder if ended == 4 else tmp_path / "new")
+    assert done.code == 0, done.err
+    assert f"resumed   {folder} from step=" in done.out
+    assert (
+        "than it began with: trainer.max_steps; schedules are those of the new total" in done.out + done.err
+    )
+    same_end(folder, whole)
+    assert json.loads((folder / "summary.json").read_text())["optimizer_steps"] == 8
+    for steps in (8, 3):
+        again = here("train", *SHORT, f"trainer.max_steps={steps}", "resume=auto", folder=folder)
+        assert f"the run in {folder} is finished" in again.out
+
+
+def test_an_extended_decay_goes_on_over_the_new_total(wholes, tmp_path):
+    """At step 4 of 4 a cosine has reached 0; at step 4 of 8 it is at the half."""
+    folder, shape = tmp_path / "run", ["scheduler=cosine", "scheduler.warmup_steps=0"]
+    assert here("train", *SHORT, *shape, "trainer.max_steps=4", folder=folder).code == 0
+    assert here("train", *SHORT, *shape, "resume=auto", folder=folder).code == 0
+    rates = [float(row["train/lr"]) / 1e-3 for row in rows(folder) if "train/lr" in row]
+    expected = [(1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)]
+    assert rates == pytest.approx(expected + [(1 + math.cos(math.pi * step / 8)) / 2 for step in range(4, 8)])
+
+
+def test_a_finished_run_without_checkpoints_is_not_extended(wholes, tmp_path):
+    folder = tmp_path / "run"
+    cut(wholes("default"), folder, 0)
+    (folder / "summary.json").write_bytes((wholes("default") / "summary.json").read_bytes())
+    done = here("train", *SHORT, "trainer.max_steps=9", "resume=auto", folder=folder)
+    assert "`trainer.max_steps` must be at most the 8 of the finished run in" in done.sentence
+
+
+def test_a_finished_run_of_another_command_is_left_alone(wholes, tmp_path, caplog):
+    """One that was not named: what it has found would be replaced."""
+    from opd_lightning.resume.finding import find
+
+    whole, folder = wholes("default"), tmp_path / "runs" / "day" / "time"
+    cut(whole, folder, 8)
+    (folder / "summary.json").write_bytes((whole / "summary.json").read_bytes())
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    other = tmp_path / "runs" / "day" / "later"
+    found = find("auto", config, other, 2)
+    assert found is not None
+    assert found.finished
+    forget()
+    config["trainer"]["max_steps"] = 16
+    with caplog.at_level("INFO"):
+        assert find("auto", config, other, 2) is None
+    assert f"has finished after 8 steps in {folder}: resume={folder} goes on with it" in caplog.text
+    found = find(str(folder), config, other, 2)
+    forget()
+    assert found is not None
+    assert (found.finished, found.step) == (False, 8)
 
 
 def test_other_settings_are_said(wholes, tmp_path):
