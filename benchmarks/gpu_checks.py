@@ -43,6 +43,8 @@ EXACT, ROUNDED = (
     1e-3,
     0.1,
 )  # relative, of each step's loss; bfloat16 may draw other tokens after the first step
+NOT_RECORDED = "no CUDA graph of a decoding step"
+"""What the engine warns of where it goes on without."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +60,7 @@ class Case:
 ON_CPU = {
     "ddp, 2 processes": Case(overrides=("trainer=cpu", "strategy=ddp", "trainer.devices=2")),
     "fsdp, 2 processes": Case(overrides=("trainer=cpu", "strategy=fsdp", "trainer.devices=2")),
+    "steps in fixed memory": Case(overrides=("trainer=cpu", "engine.graphs=true")),
 }
 
 
@@ -84,7 +87,14 @@ def on_gpu() -> dict[str, Case]:
         "teacher offloaded": Case(overrides=(*gpu, FULL, "teacher.offload=cpu")),
         "gradient checkpointing": Case(overrides=(*gpu, FULL, "student.gradient_checkpointing=true")),
     }
-    return whole | zero | half | more
+    graphs = {
+        "CUDA graphs": Case(overrides=(*gpu, FULL, "engine.graphs=true")),
+        "CUDA graphs, fsdp": Case(overrides=(*gpu, FULL, "engine.graphs=true", "strategy=fsdp")),
+        "CUDA graphs, bf16-mixed": Case(
+            overrides=(*gpu, HALF, "engine.graphs=true"), tolerance=ROUNDED, first=True
+        ),
+    }
+    return whole | zero | half | more | graphs
 
 
 def run(overrides: tuple[str, ...], folder: Path) -> list[float] | str:
@@ -98,6 +108,8 @@ def run(overrides: tuple[str, ...], folder: Path) -> list[float] | str:
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         return f"exit code {done.returncode}: {lines[-1] if lines else 'nothing was said'}"
+    if NOT_RECORDED in done.stderr:
+        return next(line for line in done.stderr.splitlines() if NOT_RECORDED in line).strip()
     if not (folder / "student" / "model.safetensors").is_file():
         return "no student was written"
     with (folder / "metrics.csv").open() as file:
