@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -33,13 +34,16 @@ def plainly(function: Callable[[], None]) -> Callable[[], None]:
 class CudaGraphs:
     """Records functions as CUDA graphs, which share the memory of what they compute on the way.
 
-    One of them runs at a time. Where the first attempt fails, a warning says why, once, and every function
-    runs as it is written.
+    One of them runs at a time. Where an attempt fails, a warning says why, once, and no other is made: what
+    is not recorded yet runs as it is written.
     """
 
-    def __init__(self) -> None:
-        self.failed = False
-        self.pool: Any = None
+    def __init__(self, device: torch.device) -> None:
+        """Record on ``device``, where all that the functions touch has to be."""
+        self.device, self.failed = device, False
+        # Held to the end: a pool of memory cannot be used again once none of its graphs is left, and may
+        # hold the matrix library's workspace, which other graphs write to as well.
+        self.first: Any = None
 
     def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
         """Return what records ``function`` at its third run and plays that from then on."""
@@ -50,11 +54,12 @@ class CudaGraphs:
         try:
             # A failed capture leaves its own stream current; the outer block puts the caller's back. What
             # other threads do meanwhile (a watchdog's queries, a loader's copies) must not spoil it.
-            with torch.cuda.stream(torch.cuda.current_stream()):
+            with torch.cuda.device(self.device), torch.cuda.stream(torch.cuda.current_stream()):
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                pool = None if self.first is None else self.first.pool()
+                with torch.cuda.graph(graph, pool, _stream(self.device), capture_error_mode="thread_local"):
                     function()
-            self.pool = graph.pool()
+            self.first = self.first or graph
         except (RuntimeError, AssertionError) as error:
             self.failed = True
             reason = str(error).strip().splitlines()
@@ -65,6 +70,16 @@ class CudaGraphs:
             )
             return None
         return graph
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """Return a stream on which nothing but captures runs.
+
+    The matrix library has a workspace for each stream, which goes when any graph of that stream goes. So the
+    stream is not torch's own, which others record on, and no work outside of a graph may use it.
+    """
+    return torch.cuda.Stream(device)
 
 
 class _Recorded:

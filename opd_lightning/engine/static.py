@@ -107,7 +107,7 @@ class StaticDecoder:
         """Take at most ``rows`` rows of ``slots`` slots. ``record``: None for CUDA graphs where there is CUDA."""
         self.decoder, self.limit, self.sizes = decoder, slots, row_sizes(rows)
         embed = decoder.embed
-        self.record = record or (CudaGraphs() if embed.is_cuda else plainly)
+        self.record = record or (CudaGraphs(embed.device) if embed.is_cuda else plainly)
         self.steps: OrderedDict[tuple[int, int], Callable[[], None]] = OrderedDict()
         cos, sin = decoder.rotations(embed, slots)
         like = embed.new_empty(0, dtype=compute_dtype(embed))

@@ -229,9 +229,9 @@ def test_the_step_is_all_on_the_device(family, make):
 
 
 def test_a_capture_that_fails_is_said_once_and_costs_nothing(qwen3, prompts):
-    """CUDA's own recorder, on a machine without CUDA or with tensors that are not on it."""
+    """CUDA's own recorder, on a machine without CUDA or with tensors that are elsewhere."""
     with pytest.warns(UserWarning, match=r"no CUDA graph of a decoding step .*engine\.graphs=false") as said:
-        got = decoded(qwen3, prompts, SAMPLED, CudaGraphs())
+        got = decoded(qwen3, prompts, SAMPLED, CudaGraphs(torch.device("cuda", 0)))
     assert len(said) == 1
     for mine, theirs in zip(bits(got), bits(decoded(qwen3, prompts, SAMPLED, plainly)), strict=True):
         assert torch.equal(mine, theirs)

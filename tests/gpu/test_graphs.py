@@ -8,7 +8,7 @@ import pytest
 import torch
 from engine.conftest import FAMILIES, build, ragged
 
-from opd_lightning.engine import cache, loops
+from opd_lightning.engine import cache, loops, static
 from opd_lightning.engine.decoder import read
 from opd_lightning.engine.recording import CudaGraphs, plainly
 from opd_lightning.engine.sampling import row_uniforms
@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-CUDA = "cuda"
+CUDA, DEVICE = "cuda", torch.device("cuda", 0)
 FAST = [name for name in FAMILIES if not name.startswith("gemma")]
 SAMPLED = Sampling(max_new_tokens=60, temperature=0.9, top_p=0.9, stop_ids=(5,), top_ids=4)
 
@@ -62,14 +62,23 @@ def test_tokens_are_those_without(family, settings, prompts):
                 weight.add_(0.1 * noise.to(weight))
 
 
+def test_graphs_come_and_go(prompts, monkeypatch):
+    """One shape kept, so that nearly every graph is dropped while others of its memory live."""
+    monkeypatch.setattr(static, "_KEPT", 1)
+    model = build("qwen3").to(CUDA)
+    for _ in range(3):
+        same(drawn(model, prompts, SAMPLED, True), drawn(model, prompts, SAMPLED, False))
+
+
 @torch.no_grad()
 def test_a_step_is_recorded_and_replayed(prompts):
     decoder, played = read(build("qwen3").to(CUDA)), []
     uniforms = row_uniforms(prompts.seeds, SAMPLED.max_new_tokens).to(CUDA)
-    for record in (CudaGraphs(), plainly):
+    for record in (CudaGraphs(DEVICE), plainly):
         fixed = StaticDecoder(decoder, rows=7, slots=80, record=record)
         played.append(loops.decode(fixed, prompts.ids, prompts.mask, uniforms, replace(SAMPLED, stop_ids=())))
         if isinstance(record, CudaGraphs):
+            assert record.first is not None
             assert not record.failed
             assert all(step.graph is not None for step in fixed.steps.values())
             assert len(fixed.steps) == 1
@@ -83,7 +92,7 @@ def test_logits_in_half_precision(mode, prompts):
     if mode == "bfloat16":
         model.bfloat16()
     with torch.autocast(CUDA, torch.bfloat16, enabled=mode == "autocast"):
-        decoder, graphs = read(model), CudaGraphs()
+        decoder, graphs = read(model), CudaGraphs(DEVICE)
         fixed = StaticDecoder(decoder, rows=7, slots=24, record=graphs)
         (_, state), (_, mine) = (d.prefill(prompts.ids, prompts.mask, 10) for d in (decoder, fixed))
         for token in range(10):
@@ -100,3 +109,20 @@ def test_the_memory_goes_back(prompts):
     before = torch.cuda.memory_allocated()
     drawn(model, prompts, SAMPLED, True)
     assert torch.cuda.memory_allocated() == before
+
+
+@torch.no_grad()
+def test_with_two_models(prompts):
+    student, teacher = build("qwen3").to(CUDA), build("qwen2").to(CUDA)
+
+    def combine(s, t):
+        return torch.log(0.5 * s.exp() + 0.5 * t.exp())
+
+    same(
+        *(
+            TransformersEngine(method="loop", batch_size=4, graphs=graphs).generate_mixed(
+                student, teacher, prompts, SAMPLED, combine
+            )
+            for graphs in (True, False)
+        )
+    )
