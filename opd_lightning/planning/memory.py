@@ -29,10 +29,10 @@ _BLOCK = 256
 _JOINED = 2**24
 """Elements up to which the decoder joins matrices of one input; see :mod:`opd_lightning.engine.decoder`."""
 _WIDTH = {"float32": 4.0, "mixed": 2.0, "half": 2.0}
-KEPT = {"cpu": 0.2, "cuda": 0.1}
+KEPT = {"cpu": 0.15, "cuda": 0.1}
 """Share of what a run makes that an allocator holds beside it: freed blocks that nothing fits into.
 
-On CPUs 0.1 to 0.25 was measured (benchmarks/plan_memory.py, glibc), most where responses differ in length; on
+On CPUs 0 to 0.25 was measured (benchmarks/plan_memory.py, glibc), most where responses differ in length; on
 GPUs it is a guess.
 """
 _WHOLE_BLOCK = 32 * 2**20
