@@ -10,11 +10,12 @@ import torch
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LRScheduler
 
 from opd_lightning.diagnostics.responses import ResponseMetrics
 from opd_lightning.errors import require
 from opd_lightning.objective import Objective
+from opd_lightning.optim import settings_of, settle
 from opd_lightning.protocols import Averaged, Follows
 from opd_lightning.resume.loops import begin_at
 from opd_lightning.scorer import Scorer
@@ -58,6 +59,7 @@ class OnPolicyDistillation(L.LightningModule):
         self.__dict__["follower"] = follower
         self._progress = 0.0
         self.stepping = False
+        self._settings: list[dict[str, Any]] = []
         self._norm: Tensor | None = None
         self.skip_step = False  # set before an optimizer step: it is logged, and nothing learns from it
         self.noted: dict[str, float] = {}  # numbers of callbacks, logged with each step's own
@@ -132,15 +134,9 @@ class OnPolicyDistillation(L.LightningModule):
             logger.log_metrics(values, step=self.trainer.global_step)
 
     def on_train_start(self) -> None:
-        """Begin at the learning rate of the steps planned now: a checkpoint has that of those planned then."""
-        for config in self.trainer.lr_scheduler_configs:
-            schedule = config.scheduler
-            if isinstance(schedule, LambdaLR):
-                rates = zip(
-                    schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
-                )
-                for group, base, factor in rates:
-                    group["lr"] = base * factor(schedule.last_epoch)
+        """Go on with the optimizer's settings and the schedule of now: a checkpoint has put back those of then."""
+        schedules = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+        settle(self.trainer.optimizers[0], self._settings, schedules[0] if schedules else None)
 
     def on_train_batch_start(self, batch: Experience, batch_idx: int) -> None:
         """Keep Lightning's own count of steps, for callbacks that log, equal to the optimizer's."""
@@ -219,6 +215,7 @@ class OnPolicyDistillation(L.LightningModule):
             "schedules and progress need an end",
         )
         optimizer = self.make_optimizer(p for p in self.student.parameters() if p.requires_grad)
+        self._settings = settings_of(optimizer)
         if self.make_scheduler is None:
             return optimizer
         schedule = {"scheduler": self.make_scheduler(optimizer, planned), "interval": "step"}

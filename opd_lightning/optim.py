@@ -1,13 +1,14 @@
-"""The learning-rate schedule."""
+"""The learning-rate schedule, and an optimizer's settings behind a checkpoint."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from opd_lightning.errors import require
 
@@ -57,3 +58,28 @@ class WarmupDecay:
     def __call__(self, optimizer: Optimizer, planned: int) -> LambdaLR:
         """Return the scheduler of ``optimizer`` over ``planned`` optimizer steps."""
         return LambdaLR(optimizer, lambda step: self.factor(step, planned))
+
+
+_TOLD = ("lr", "betas", "momentum", "weight_decay", "eps")
+"""Settings of an optimizer that are no part of its state; others may be, as a count of steps is."""
+
+
+def settings_of(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Return the settings of each group of weights."""
+    return [{name: group[name] for name in _TOLD if name in group} for group in optimizer.param_groups]
+
+
+def settle(optimizer: Optimizer, settings: Sequence[Mapping[str, Any]], schedule: LRScheduler | None) -> None:
+    """Give an optimizer that took its state from a checkpoint these settings, in place.
+
+    The learning rate is that of the schedule over the steps that are planned now; a schedule that computes it from
+    the one before keeps it.
+    """
+    for index, (group, own) in enumerate(zip(optimizer.param_groups, settings, strict=False)):
+        follows = isinstance(schedule, LambdaLR)
+        group.update(
+            {name: value for name, value in own.items() if name != "lr" or schedule is None or follows}
+        )
+        if isinstance(schedule, LambdaLR):
+            schedule.base_lrs[index] = group["initial_lr"] = own["lr"]
+            group["lr"] = own["lr"] * schedule.lr_lambdas[index](schedule.last_epoch)

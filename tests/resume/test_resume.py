@@ -221,6 +221,8 @@ def test_other_settings_are_said(wholes, tmp_path):
     done = here("train", *SHORT, "optimizer.lr=1e-6", "resume=auto", folder=folder)
     assert done.code == 0, done.err
     assert "other settings than it began with: optimizer.lr" in done.out + done.err
+    rates = [float(row["train/lr"]) for row in rows(folder) if "train/lr" in row]
+    assert rates[-2:] == pytest.approx([1e-6 * 7 / 20, 1e-6 * 8 / 20])  # the schedule's warm-up
 
 
 @pytest.mark.parametrize(
