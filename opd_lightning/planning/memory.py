@@ -88,6 +88,7 @@ def memory(run: PlannedRun) -> Memory:
         held["engine's copy"] = run.student.weights * (run.width if run.compute == "float32" else 2.0)
     held = {name: size for name, size in held.items() if size}
     phases = {"generate": _generate(run), "score": _score(run), "learn": _learn(run), "step": _step(run)}
+    phases["score"] |= _unreturned(run, phases)
     trained = held.get("gradients", 0.0) + held.get("optimizer state", 0.0)
     made = _in_gaps(run) * trained + held["experience"]
     for parts in phases.values():
@@ -107,6 +108,14 @@ def _in_gaps(run: PlannedRun) -> float:
     )  # all of a kind, and one matrix's longer side
     small = sum(every for every, side in kinds if side * shape.hidden * run.width < _WHOLE_BLOCK)
     return small / (shape.ends + shape.body)
+
+
+def _unreturned(run: PlannedRun, phases: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Return what learning has left in an allocator's own blocks while logits come in larger ones beside them."""
+    logits = phases["score"].get("head scratch", 0.0) / 2 >= _WHOLE_BLOCK
+    one = run.micro_batch_rows * run.longest_row * run.student.inner * _WIDTH[run.compute]
+    left = run.device == "cpu" and logits and one < _WHOLE_BLOCK
+    return {"left of learning": phases["learn"]["activations"]} if left else {}
 
 
 def activation_bytes(shape: ModelShape, tokens: float, compute: str) -> float:

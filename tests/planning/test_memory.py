@@ -227,6 +227,19 @@ def test_ranking_ids_wants_whole_rows_of_logits():
     assert "one forward" in memory(planned(student=wide, prompt_tokens=10_000)).phases["score"]
 
 
+def test_logits_in_large_blocks_come_beside_what_learning_has_left():
+    """256 rows of 40,000 logits are 41 MB, a block of their own on a CPU; of 20,000 they are not."""
+    wide = replace(SHAPE, vocab=40_000)
+    found = memory(planned(student=wide, longest=40)).phases
+    assert found["score"]["left of learning"] == found["learn"]["activations"]
+    for run in (
+        planned(student=replace(wide, vocab=20_000), longest=40),
+        planned(student=wide, longest=40, device="cuda"),
+        planned(student=replace(wide, inner=2**16), longest=40),
+    ):
+        assert "left of learning" not in memory(run).phases["score"]
+
+
 def test_the_decoder_joins_small_matrices():
     generate = memory(planned()).phases["generate"]
     each = SHAPE.hidden * (SHAPE.query + 2 * SHAPE.key + 2 * SHAPE.inner)
