@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,30 @@ _OPENER = build_opener(ProxyHandler({}))
 
 _MOST_BIASES = 1024
 """Ids outside the shared vocabulary that a request may name; padding of a head is a few hundred."""
+
+
+FIRST = "default"
+"""The version of the weights with which a server starts."""
+
+
+class _Failed(ConfigError):
+    """A request to ``path`` that came to nothing; ``said`` is why, in short."""
+
+    def __init__(self, message: str, path: str, said: str) -> None:
+        super().__init__(message)
+        self.path, self.said = path, said
+
+
+class Refused(_Failed):
+    """The server answered with an error."""
+
+
+class Unanswered(_Failed):
+    """The server did not answer, or not in JSON."""
+
+
+class Restarted(ConfigError):
+    """A response was written with the weights that a server starts with, after others were sent."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,31 +69,34 @@ class Server:
         """Return the answer to a POST of ``body``, or to a GET where it is None.
 
         Raises:
-            ConfigError: no answer, or a refusal; it names address, route and reason.
+            ConfigError: no answer (Unanswered) or a refusal (Refused); it names address, route and reason.
         """
         data = None if body is None else json.dumps(body).encode()
         request = Request(self.url.rstrip("/") + path, data, {"Content-Type": "application/json"})
-        reason = ""
+        reason, said = "", None
         for attempt in range(1 + self.retries):
             try:
                 with _OPENER.open(request, timeout=self.timeout_s) as answer:
                     text = answer.read()
                 return json.loads(text) if text.strip() else None
             except HTTPError as error:
-                reason = f"{error.code} {error.read(500).decode(errors='replace').strip()}"
+                said = error.read(1000).decode(errors="replace").strip()
+                reason = f"{error.code} {said}"
                 if error.code < 500:
                     break
             except ValueError:
-                reason = f"no JSON, but {text[:60]!r}"
+                reason, said = f"no JSON, but {text[:60]!r}", None
                 break
             except (URLError, TimeoutError, ConnectionError) as error:
+                said = None
                 reason = str(getattr(error, "reason", error)) or type(error).__name__
             if attempt < self.retries:
                 time.sleep(2.0**attempt)
-        raise ConfigError(
+        message = (
             f"`engine.url` must be a vLLM server that answers {path} within {self.timeout_s:g} s, got {self.url!r} "
             f"({reason[:300]}); start it with VLLM_SERVER_DEV_MODE=1 and the command of conf/engine/vllm_server.yaml"
         )
+        raise Unanswered(message, path, reason) if said is None else Refused(message, path, said)
 
     def longest(self) -> int:
         """Return the most tokens of a prompt with its response.
@@ -94,15 +121,46 @@ class Server:
             ) from error
 
     def reload(self, folder: Path, version: str) -> None:
-        """Have the server take its weights from ``folder`` and forget every cached key and value."""
-        self.ask("/pause?mode=wait", {})
-        try:
+        """Have the server take its weights from ``folder``; as :meth:`renew`."""
+
+        def bring() -> None:
             arguments = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
             self.ask("/collective_rpc", arguments)
-            self.forget()
             self.ask("/update_weight_version", {"new_version": version})
-        finally:
-            self.ask("/resume", {})
+
+        self.renew(bring)
+
+    def renew(self, bring: Callable[[], None]) -> None:
+        """Have the server wait while ``bring`` gives it weights of another version; empty its prefix cache."""
+        self.ask("/pause?mode=wait", {})
+        try:
+            bring()
+            self.forget()
+        except BaseException:
+            with suppress(ConfigError):  # what went wrong before matters more
+                replace(self, retries=0).ask("/resume", {})
+            raise
+        self.ask("/resume", {})
+
+    def version(self) -> str:
+        """Return the version of the weights that the server holds.
+
+        Raises:
+            ConfigError: a server without the route.
+        """
+        answer = self.ask("/weight_info")
+        with self._vllm("/weight_info"):
+            return str(answer["weight_version"])
+
+    def workers(self) -> int:
+        """Return how many processes of the server hold weights.
+
+        Raises:
+            ConfigError: a server without the route.
+        """
+        answer = self.ask("/get_world_size")
+        with self._vllm("/get_world_size"):
+            return int(answer["world_size"])
 
     def forget(self) -> None:
         """Drop the cached keys and values of earlier prompts."""
@@ -130,6 +188,7 @@ class Server:
 
         Raises:
             ConfigError: a response that another version of the weights wrote, if only a part of it.
+            Restarted: that version is the one with which a server starts.
         """
         params = _parameters(sampling, width)
 
@@ -140,6 +199,11 @@ class Server:
                 (choice,) = answer["choices"]
                 wrote = {span["version"] for span in choice["weight_versions"] or ()}
                 drawn = _drawn(choice, sampling.top_ids)
+            if wrote == {FIRST} != {version}:
+                raise Restarted(
+                    f"`engine.url` must stay one server, got {self.url!r}, which was started again since weights "
+                    "were sent to it; resume the run from its last checkpoint"
+                )
             require(
                 wrote == {version},
                 "engine.url",

@@ -1,4 +1,4 @@
-"""Generation by a vLLM server at an address, which reloads the student's weights from a folder both can read."""
+"""Generation by a vLLM server at an address, which is sent the student's weights, or reloads them from a folder."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from opd_lightning.engine.digests import wrong
 from opd_lightning.engine.drawn import Record
 from opd_lightning.engine.transformers import TransformersEngine
 from opd_lightning.engine.vllm_heads import WiderHeads, wider_heads
-from opd_lightning.engine.vllm_http import Server, check_url
+from opd_lightning.engine.vllm_http import FIRST, Restarted, Server, check_url
+from opd_lightning.engine.vllm_transfer import Gone, Transfer, check_transfer
 from opd_lightning.errors import ConfigError, require
 from opd_lightning.layers import evaluating
 from opd_lightning.types import Generation, PromptBatch, Sampling
@@ -40,6 +41,8 @@ class _Held:
     version: int | None = None
     state: Hashable = None
     name: str = ""
+    arrived: str | None = None
+    transfer: Transfer | None = None
     run: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
     longest: int = 0
     pushes: int = 0
@@ -51,15 +54,21 @@ class _Held:
 class VllmServerEngine:
     """Draws the student's responses with a vLLM server, one request a row, token ids in and out.
 
-    A changed weight is written to ``folder`` with all others before the next draw, and the server told to
-    reload. Each response brings the version of the weights that wrote it: another one stops the run. Log-probs
-    are compared with the student's own as with ``engine=vllm``, and at the start at another temperature too: a
-    server that gives raw log-probs is refused, since they are not those of the sampler. One process trains.
+    Before the next draw after a weight has changed, all of them are sent as ``transfer`` says. Each response
+    brings the version of the weights that wrote it: another one stops the run. To a server that was started
+    again all are sent once more, unless what it was asked for was to be written by older ones. Log-probs
+    are compared with the student's own as with ``engine=vllm``, and at the start at another temperature too:
+    a server that gives raw log-probs is refused, since they are not those of the sampler. One process trains.
 
     Args:
         url: the server's address. It must run in development mode, which executes what it is asked to: on
             a loopback address or a closed network alone.
-        folder: for the weights; the same path on the server's machine. Its config.json is the server's too.
+        transfer: ``folder``: written to ``folder``, and the server told to reload; ``gloo``, ``nccl``, ``ipc``: by
+            vLLM's weight transfer (:mod:`opd_lightning.engine.vllm_transfer`).
+        folder: for the weights, the same path on the server's machine; with another ``transfer`` for the
+            config.json alone that a server is started on, which None leaves out.
+        transfer_address: host or host:port of this machine where the server's workers meet it for ``gloo`` and
+            ``nccl``; None for the address on the way to the server and a free port.
         head_dim: widen the attention heads with zeros to this size, for a server without a kernel for
             the student's own; None leaves them.
         in_flight: requests at once.
@@ -76,7 +85,9 @@ class VllmServerEngine:
     """
 
     url: str
-    folder: str
+    folder: str | None
+    transfer: str = "folder"
+    transfer_address: str | None = None
     head_dim: int | None = None
     in_flight: int = 128
     timeout_s: float = 600
@@ -88,7 +99,9 @@ class VllmServerEngine:
 
     def __post_init__(self) -> None:
         check_url(self.url)
-        require(bool(self.folder), "engine.folder", "name a folder", self.folder, "use runs/served")
+        check_transfer(self.transfer, self.url, self.transfer_address)
+        named = bool(self.folder) or (self.transfer != "folder" and self.folder is None)
+        require(named, "engine.folder", "name a folder", self.folder, "use runs/served")
         least: dict[str, tuple[Any, int]] = {
             "in_flight": (self.in_flight, 1),
             "retries": (self.retries, 0),
@@ -130,7 +143,11 @@ class VllmServerEngine:
         if len(prompts) == 0:
             return Record(0, sampling, prompts.ids.device).generation()
         self.follow(model, prompts)
-        return self.draw(model, prompts, sampling)
+        try:
+            return self.draw(model, prompts, sampling)
+        except Restarted:  # it came back meanwhile, and the student is as it was
+            self.follow(model, prompts)
+            return self.draw(model, prompts, sampling)
 
     def follow(self, model: PreTrainedModel, prompts: PromptBatch) -> None:
         """Send the weights as they are now, unless the server has them; a part of ``prompts`` may be drawn for."""
@@ -151,7 +168,10 @@ class VllmServerEngine:
     def _follow(self, model: PreTrainedModel, prompts: PromptBatch) -> None:
         """Have the server hold the weights as they are now."""
         held, wanted = self._held, state_of(model, self._held.version)
-        if held.state == wanted:
+        restarted = held.arrived is not None and self.server.version() == FIRST
+        if restarted and held.transfer is not None:
+            held.transfer.forget()  # its workers know nothing of this process
+        if held.state == wanted and not restarted:
             return
         alone = not dist.is_initialized() or dist.get_world_size() == 1
         require(
@@ -163,20 +183,40 @@ class VllmServerEngine:
         )
         held.pushes += 1
         held.name = f"{held.run}-{held.pushes}"
-        self.write(model)
-        held.longest = held.longest or self.server.longest()
-        self.server.reload(Path(self.folder).resolve(), held.name)
-        held.state = wanted
+        self._send(model)
+        held.state, held.arrived = wanted, held.name
         held.canary.settle(prompts, _BLOCK, held.longest)
         if due(model, held.pushes, self.check_every):
             self._compare(model)
 
-    def write(self, model: PreTrainedModel) -> None:
-        """Write configuration and weights to ``folder``, each tied weight under every name."""
-        folder = Path(self.folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        wider = self._wider(model)
-        (config_of(model) if wider is None else wider.config(config_of(model))).save_pretrained(folder)
+    def _send(self, model: PreTrainedModel) -> None:
+        """Have the server take the weights, by the name that they have by now."""
+        held, server = self._held, self.server
+        folder = self.write(model)
+        held.longest = held.longest or server.longest()
+        if self.transfer == "folder":
+            return server.reload(folder, held.name)
+        held.transfer = held.transfer or Transfer(self.transfer, server, self.transfer_address)
+        bring = partial(held.transfer.bring, partial(self._weights, model), held.name)
+        try:
+            server.renew(bring)
+        except Gone:  # each answer is waited for as long as engine.retries says: it may be on its way back
+            server.version()
+            server.renew(bring)
+
+    def write(self, model: PreTrainedModel) -> Path:
+        """Write to ``folder`` what a server is started on: the configuration, and what reloads from it: weights."""
+        folder = Path(self.folder or "").resolve()
+        if self.folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            wider, config = self._wider(model), config_of(model)
+            (config if wider is None else wider.config(config)).save_pretrained(folder)
+        if self.transfer == "folder":
+            self._write_weights(model, folder)
+        return folder
+
+    def _write_weights(self, model: PreTrainedModel, folder: Path) -> None:
+        """Write each weight, a tied one under every name."""
         # A file holds no two names for one storage, and a server must never read half of one.
         apart = {name: weight.cpu().clone().contiguous() for name, weight in self._weights(model)}
         save_file(apart, folder / "writing.tmp", metadata={"format": "pt"})

@@ -2,100 +2,31 @@
 
 from __future__ import annotations
 
-import json
-import threading
-from contextlib import contextmanager
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import SimpleNamespace
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
-from opd_lightning.engine.vllm_server import VllmServerEngine
 from opd_lightning.errors import ConfigError
 from opd_lightning.lora import Lora
 from opd_lightning.types import Sampling
 
-from .conftest import ragged
+from .conftest import build, ragged
+from .vllm_stand_in import engine_at, gap, move, standing
 
 FREE = Sampling(max_new_tokens=6)
 
 
-def written(model, asked, raw: bool) -> dict:
-    """One response and its log-probs: of the sampler, or with ``raw`` of the model at temperature 1."""
-    params, ids = asked["sampling_params"], list(asked["token_ids"])
-    draws, content = torch.Generator().manual_seed(params["seed"]), []
-    for _ in range(params["max_tokens"]):
-        with torch.no_grad():
-            logits = model(torch.tensor([ids])).logits[0, -1]
-        logp = (logits / params["temperature"]).log_softmax(-1)
-        ids.append(int(torch.multinomial(logp.exp(), 1, generator=draws)))
-        said = logits.log_softmax(-1) if raw else logp
-        content.append({"logprob": float(said[ids[-1]]), "top_logprobs": []})
-    return {"token_ids": ids[-len(content) :], "logprobs": {"content": content}, "finish_reason": "length"}
+@pytest.fixture(params=["folder", "gloo"])
+def folder(request, tmp_path):
+    """Where the weights are written; None to have them sent by gloo."""
+    return tmp_path if request.param == "folder" else None
 
 
-@contextmanager
-def standing(raw: bool = False, without: str = ""):
-    """A server; it takes no new weights while ``deaf``, and says that it has. Its responses lack ``without``."""
-    state = SimpleNamespace(deaf=False, model=None, version="", address="")
-
-    class Answering(BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.answer({"data": [{} if without == "max_model_len" else {"max_model_len": 100}]})
-
-        def do_POST(self):
-            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            if self.path == "/collective_rpc" and not state.deaf:
-                state.model = AutoModelForCausalLM.from_pretrained(asked["kwargs"]["weights_path"]).eval()
-            if self.path == "/update_weight_version":
-                state.version = asked["new_version"]
-            if self.path != "/inference/v1/generate":
-                return self.answer({})
-            spans = {"weight_versions": [{"version": state.version}]}
-            choice = written(state.model, asked, raw) | spans
-            choice.pop(without, None)
-            return self.answer({"choices": [choice]})
-
-        def answer(self, body):
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(json.dumps(body).encode())
-
-        def log_message(self, *_):
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Answering) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        state.address = f"http://127.0.0.1:{server.server_port}"
+@pytest.fixture
+def served():
+    """A server of the plain model's configuration."""
+    with standing(config=build("qwen3").config) as state:
         yield state
-        server.shutdown()
-
-
-def engine_at(state, folder, **more) -> VllmServerEngine:
-    settings = {"in_flight": 4, "retries": 0, "timeout_s": 30}
-    return VllmServerEngine(url=state.address, folder=str(folder), **settings | more)
-
-
-def move(model, size: float, named: str = "") -> None:
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if named in name:
-                weight += size * torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(name)))
-
-
-def gap(model, prompts, got, temperature: float = 1.0) -> float:
-    """Largest difference between the log-probs that came and the model's own, in nats."""
-    found = []
-    for row in range(len(prompts)):
-        prompt, text = prompts.ids[row][prompts.mask[row]], got.ids[row]
-        with torch.no_grad():
-            logits = model(torch.cat([prompt, text])[None]).logits[0, len(prompt) - 1 : -1]
-        logp = (logits / temperature).log_softmax(-1).gather(-1, text[:, None])[:, 0]
-        found.append(float((logp - got.behavior_logp[row]).abs().max()))
-    return max(found)
 
 
 def adapters(model):
@@ -105,34 +36,32 @@ def adapters(model):
     return model.eval()
 
 
-def test_adapters_are_merged_on_their_way_and_followed(make, tmp_path):
+def test_adapters_are_merged_on_their_way_and_followed(make, folder, served):
     model, plain, prompts = adapters(make("qwen3")), make("qwen3"), ragged((3, 9))
-    with standing() as state:
-        engine = engine_at(state, tmp_path)
-        for size in (0.0, 0.2):
-            move(model, size, "lora_B")
-            for temperature in (1.0, 0.7):
-                got = engine.generate(model, prompts, replace(FREE, temperature=temperature))
-                assert gap(model, prompts, got, temperature) < 1e-3
-                assert gap(plain, prompts, got, temperature) > 1e-2
-        assert engine._held.pushes == 2
+    engine = engine_at(served, folder)
+    for size in (0.0, 0.2):
+        move(model, size, "lora_B")
+        for temperature in (1.0, 0.7):
+            got = engine.generate(model, prompts, replace(FREE, temperature=temperature))
+            assert gap(model, prompts, got, temperature) < 1e-3
+            assert gap(plain, prompts, got, temperature) > 1e-2
+    assert engine._held.pushes == 2
 
 
 @pytest.mark.parametrize(("lora", "compared"), [(True, 2), (False, 3)])
-def test_with_adapters_each_sending_is_compared(lora, compared, make, tmp_path):
+def test_with_adapters_each_sending_is_compared(lora, compared, make, folder, served):
     """Weights that do not arrive, under the right version."""
     model, prompts = adapters(make("qwen3")) if lora else make("qwen3"), ragged((3,))
-    with standing() as state:
-        engine = engine_at(state, tmp_path, check_every=3)
-        engine.generate(model, prompts, FREE)
-        state.deaf = True
-        for _ in range(2, compared):
-            move(model, 0.2)
-            engine.generate(model, prompts, FREE)
+    engine = engine_at(served, folder, check_every=3)
+    engine.generate(model, prompts, FREE)
+    served.deaf = True
+    for _ in range(2, compared):
         move(model, 0.2)
-        words = rf"within engine\.tolerance.*after {compared} weight updates"
-        with pytest.raises(ConfigError, match=words):
-            engine.generate(model, prompts, FREE)
+        engine.generate(model, prompts, FREE)
+    move(model, 0.2)
+    words = rf"within engine\.tolerance.*after {compared} weight updates"
+    with pytest.raises(ConfigError, match=words):
+        engine.generate(model, prompts, FREE)
 
 
 def test_raw_log_probs_are_refused(make, tmp_path):
@@ -149,3 +78,41 @@ def test_a_server_of_another_kind_is_one_sentence(without, make, tmp_path):
         with pytest.raises(ConfigError, match=rf"must be a vLLM server.*{without}") as info:
             engine_at(state, tmp_path).generate(make("qwen3"), ragged((3,)), FREE)
         assert "\n" not in str(info.value)
+
+
+@pytest.mark.parametrize("at", ["", "/pause?mode=wait", "/inference/v1/generate"])
+def test_a_server_that_was_started_again_gets_all_weights_again(at, make, folder, served):
+    """Between two collections, as weights are on their way, and while it draws."""
+    model, prompts = make("qwen3"), ragged((3, 9))
+    engine = engine_at(served, folder, check_every=0)
+    before = engine.generate(model, prompts, FREE)
+    if at:
+        served.restart_at = at
+        if at.startswith("/pause"):
+            move(model, 0.2)
+    else:
+        served.restart()
+    got = engine.generate(model, prompts, FREE)
+    assert not served.restart_at
+    assert gap(model, prompts, got) < 1e-3
+    assert engine._held.pushes == 2
+    assert (got.ids == before.ids).all() or at.startswith("/pause")
+
+
+def test_what_older_weights_were_to_write_is_refused_of_a_server_that_was_started_again(make, folder, served):
+    model, prompts = make("qwen3"), ragged((3,))
+    engine = engine_at(served, folder)
+    engine.follow(model, prompts)
+    move(model, 0.2)
+    served.restart()
+    with pytest.raises(ConfigError, match=r"`engine\.url` must stay one server.*resume"):
+        engine.draw(model, prompts, FREE)
+
+
+def test_weights_of_another_run_are_refused(make, folder, served):
+    model, prompts = make("qwen3"), ragged((3,))
+    engine = engine_at(served, folder)
+    engine.generate(model, prompts, FREE)
+    engine_at(served, folder).generate(model, prompts, FREE)
+    with pytest.raises(ConfigError, match=r"write with the weights of version.*a server of its own"):
+        engine.generate(model, prompts, FREE)
