@@ -168,9 +168,10 @@ class VllmServerEngine:
     def _follow(self, model: PreTrainedModel, prompts: PromptBatch) -> None:
         """Have the server hold the weights as they are now."""
         held, wanted = self._held, state_of(model, self._held.version)
-        restarted = held.arrived is not None and self.server.version() == FIRST
-        if restarted and held.transfer is not None:
-            held.transfer.forget()  # its workers know nothing of this process
+        found = None if held.arrived is None else self.server.version()
+        if found != held.arrived and held.transfer is not None:
+            held.transfer.forget()  # its workers know nothing of this process, or have met another one since
+        restarted = found == FIRST
         if held.state == wanted and not restarted:
             return
         alone = not dist.is_initialized() or dist.get_world_size() == 1

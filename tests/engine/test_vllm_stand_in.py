@@ -96,6 +96,8 @@ def test_a_server_that_was_started_again_gets_all_weights_again(at, make, folder
     assert not served.restart_at
     assert gap(model, prompts, got) < 1e-3
     assert engine._held.pushes == 2
+    if not at and folder is None:
+        assert served.asked.count("/update_weights") == 2  # none into a connection that was gone
     assert (got.ids == before.ids).all() or at.startswith("/pause")
 
 

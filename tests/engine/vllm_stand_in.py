@@ -39,7 +39,11 @@ class Taking:
 
     def __call__(self, path, asked):
         if path == "/init_weight_transfer_engine":
-            self.group = GlooGroup(**asked["init_info"], rank=1)
+            info = asked["init_info"]
+            if "master_address" in info:  # vLLM's own words for it
+                place = {"address": info["master_address"], "port": info["master_port"], "timeout_s": 30}
+                info = place | {"size": info["world_size"]}
+            self.group = GlooGroup(**info, rank=1)
         if path == "/update_weights":
             self.state.told = told = asked["update_info"]
             came = {}

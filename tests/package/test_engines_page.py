@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from itertools import pairwise
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -11,6 +13,7 @@ from omegaconf import OmegaConf
 from opd_lightning import serve_teacher
 from opd_lightning.building import KEYS, objective_from
 from opd_lightning.commands import build, refuse_unknown_keys
+from opd_lightning.engine.vllm_transfer import BACKENDS
 from opd_lightning.errors import ConfigError
 from opd_lightning.paths import CONF_DIR
 from package.readme import ROOT, Command, blocks, command, links
@@ -47,7 +50,9 @@ def test_every_command_is_one_of_three():
 
 @pytest.mark.parametrize("shown", of("opd_lightning.train"), ids=lambda c: " ".join(c.words[3:])[:80])
 def test_a_run_composes_and_its_parts_are_built(shown, monkeypatch):
-    monkeypatch.setattr("opd_lightning.engine.vllm.check_installed", lambda: None)
+    for engine in ("vllm", "vllm_transfer"):
+        monkeypatch.setattr(f"opd_lightning.engine.{engine}.check_installed", lambda: None)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     config = composed("train", list(shown.words[3:]))
     refuse_unknown_keys(config, KEYS)
     assert objective_from(config)
@@ -71,16 +76,34 @@ def test_a_server_composes_and_accepts_its_settings(shown, monkeypatch):
     assert build(config.teacher)
 
 
-def test_the_vllm_server_has_the_flags_of_the_yaml():
-    (server,) = of("vllm.entrypoints.openai.api_server")
+def test_each_vllm_server_has_the_flags_of_the_yaml_and_a_run_that_goes_with_it():
     wanted = (CONF_DIR / "engine" / "vllm_server.yaml").read_text().split("On a CPU")[0]
     flags = set(re.findall(r"--[\w-]+", wanted))
-    assert flags <= set(server.words)
-    assert dict(server.variables)["VLLM_SERVER_DEV_MODE"] == "1"
-    folder = server.words[server.words.index("--model") + 1]
-    runs = [c for c in of("opd_lightning.train") if "engine=vllm_server" in c.words]
-    assert len(runs) == 2
-    assert all(f"engine.folder={folder}" in c.words for c in runs)
+    taken = []
+    for server in of("vllm.entrypoints.openai.api_server"):
+        words = server.words
+        assert flags <= set(words)
+        assert dict(server.variables)["VLLM_SERVER_DEV_MODE"] == "1"
+        after = dict(pairwise(words))
+        config = json.loads(after.get("--weight-transfer-config", '{"backend": "folder"}'))
+        model = "engine.folder" if config["backend"] == "folder" else "student.path"
+        taken.append((config["backend"], f"{model}={after['--model']}"))
+        insecure = "VLLM_ALLOW_INSECURE_SERIALIZATION" in dict(server.variables)
+        assert insecure == (config["backend"] == "ipc")
+    assert [kind for kind, _ in taken] == ["folder", "nccl", "ipc", "nccl"]
+    runs = [c.words for c in of("opd_lightning.train") if "engine=vllm_server" in c.words]
+    assert len(runs) == 5
+    for words in runs:
+        settings = dict(word.split("=", 1) for word in words if "=" in word)
+        kind = settings.get("engine.transfer", "folder")
+        assert any(kind == theirs and model in words for theirs, model in taken)
+        assert (settings["engine.folder"] == "null") == (kind != "folder")
+
+
+def test_each_transfer_is_in_the_table_with_its_backend():
+    for kind, backend in BACKENDS.items():
+        (row,) = [line for line in TEXT.splitlines() if line.startswith(f"| `{kind}`")]
+        assert f"""--weight-transfer-config '{{"backend": "{backend}"}}'""" in row
 
 
 def test_every_engine_and_every_setting_that_is_named_exists():
