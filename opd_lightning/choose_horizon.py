@@ -91,7 +91,7 @@ def load(config: DictConfig) -> Pair:
     check_dtype(dtype, "student.dtype")
     check_dtype(source.dtype, "teacher.dtype")
     here = getattr(source, "gives_hidden", True)
-    remedy = "use teacher=builtin teacher.path=…"
+    remedy = "use teacher=builtin teacher.path=…, without teacher.cache and teacher.shard"
     require(
         here, "teacher", "be in this process, to compare whole vocabularies", type(source).__name__, remedy
     )

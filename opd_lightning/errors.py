@@ -10,7 +10,30 @@ class ConfigError(ValueError):
 
 
 class RunStopped(ConfigError):
-    """A run that ends itself, with a checkpoint. The commands print the sentence and exit with 2."""
+    """A run that ends itself, with a checkpoint. The commands print the sentence and exit with 2.
+
+    All its processes raise it behind the same optimizer step.
+    """
+
+
+class Stopped(BaseException):
+    """A run that was asked to stop and has written a checkpoint; ``code`` is the command's exit code.
+
+    All its processes raise it behind the same optimizer step. It is no ``Exception``, so that nothing on its way takes
+    it for an error to be dealt with.
+    """
+
+    def __init__(self, reason: str, code: int) -> None:
+        super().__init__(reason)
+        self.reason, self.code = reason, code
+
+
+class Hurried(Stopped):
+    """The run was asked to stop at once, without a checkpoint."""
+
+
+class ProcessLost(ConfigError):
+    """Another process of the run is gone. The commands print the sentence and exit with 2."""
 
 
 def require(holds: bool, field: str, condition: str, value: Any, remedy: str) -> None:

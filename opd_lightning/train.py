@@ -17,7 +17,6 @@ from omegaconf import DictConfig, OmegaConf, read_write
 
 from opd_lightning.building import KEYS, run_from, trainer_from
 from opd_lightning.callbacks.history import EvaluationHistory
-from opd_lightning.callbacks.stopping import Stopped
 from opd_lightning.commands import (
     check_seed,
     command,
@@ -26,8 +25,9 @@ from opd_lightning.commands import (
     quiet,
     refuse_unknown_keys,
 )
-from opd_lightning.errors import ConfigError
+from opd_lightning.errors import ConfigError, Stopped
 from opd_lightning.export import save_student
+from opd_lightning.launching import together
 from opd_lightning.loggers import Continues
 from opd_lightning.objective import Objective
 from opd_lightning.processes import first_process, started_among_others
@@ -55,6 +55,7 @@ def train(
     Raises:
         ConfigError: a configuration that cannot work.
         Stopped: the run was asked to stop and has written a checkpoint.
+        ProcessLost: another process of the run is gone.
     """
     begun = time.perf_counter()
     refuse_unknown_keys(config, KEYS)
@@ -75,15 +76,16 @@ def train(
             written(folder / "config.yaml", OmegaConf.to_yaml(redacted(plain(config))))
         count = run.data.collector.micro_batches(trainer.world_size) or trainer.accumulate_grad_batches
         print(plan(config, run, folder, count, trainer.world_size), flush=True)
-    if checkpoint is None:
-        if run.data.validation is not None:
+    with together(trainer, folder):
+        if checkpoint is None:
+            if run.data.validation is not None:
+                trainer.validate(run.module, datamodule=run.data, verbose=False)
+            log_settings(trainer, config, overrides, history.at.get(0, {}))
+        trainer.fit(run.module, datamodule=run.data, ckpt_path=checkpoint, weights_only=True)
+        run.data.collector.clock.switch(None)
+        if run.data.validation is not None and trainer.global_step not in history.at:
             trainer.validate(run.module, datamodule=run.data, verbose=False)
-        log_settings(trainer, config, overrides, history.at.get(0, {}))
-    trainer.fit(run.module, datamodule=run.data, ckpt_path=checkpoint, weights_only=True)
-    run.data.collector.clock.switch(None)
-    if run.data.validation is not None and trainer.global_step not in history.at:
-        trainer.validate(run.module, datamodule=run.data, verbose=False)
-    save_student(trainer, run.module, run.tokenizer, folder / "student")
+        save_student(trainer, run.module, run.tokenizer, folder / "student")
     teacher = teacher_accuracy(run) if config.evaluation.teacher and trainer.is_global_zero else None
     summary = summarise(run, trainer, history, teacher) | {
         "seconds": round(time.perf_counter() - begun, 1),

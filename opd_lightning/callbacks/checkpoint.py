@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from opd_lightning.callbacks.stopping import Hurried
+from opd_lightning.errors import Hurried, RunStopped, Stopped
 
 
 class _InItsFolder(ModelCheckpoint):
@@ -49,9 +49,14 @@ class LatestCheckpoints(_InItsFolder):
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        """Save what the run has, unless the exception came within an optimizer step or leaves no time for it."""
+        """Save what the run has, unless the exception came within an optimizer step or leaves no time for it.
+
+        Of several processes only where they stop together: one that fails alone would wait for the others, which
+        wait for it.
+        """
+        together = trainer.world_size == 1 or isinstance(exception, Stopped | RunStopped)
         whole = not getattr(pl_module, "stepping", False) and not isinstance(exception, Hurried)
-        if whole and trainer.state.fn == "fit" and trainer.global_step:
+        if together and whole and trainer.state.fn == "fit" and trainer.global_step:
             self._save_now(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -10,24 +10,9 @@ from typing import Any
 import lightning as L
 import torch
 
-from opd_lightning.errors import require
+from opd_lightning.errors import Hurried, Stopped, require
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-
-
-class Stopped(BaseException):
-    """The run was asked to stop; ``code`` is the command's exit code.
-
-    It is no ``Exception``, so that nothing on its way takes it for an error to be dealt with.
-    """
-
-    def __init__(self, reason: str, code: int) -> None:
-        super().__init__(reason)
-        self.reason, self.code = reason, code
-
-
-class Hurried(Stopped):
-    """The run was asked to stop at once, without a checkpoint."""
 
 
 class StopWithCheckpoint(L.Callback):
