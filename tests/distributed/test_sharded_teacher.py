@@ -32,21 +32,26 @@ RUN = [
 ]
 
 HOLDS = """
-import json, sys, torch, torch.distributed as dist
+import faulthandler, json, sys, torch, torch.distributed as dist
 from dataclasses import replace
 from tiny import random_experience, tiny_model
+from opd_lightning import layout
 from opd_lightning.scorer import Scorer
 from opd_lightning.teacher.sharded import ShardedScorer
 from opd_lightning.types import Want
 
-rank, store, tied = int(sys.argv[1]), sys.argv[2], sys.argv[3] == "tied"
+faulthandler.dump_traceback_later(400, exit=True)  # a process that waits for the other says where
+layout.CALL_WORK["cpu"] = 0.0  # as many calls of a whole model as there are lengths of rows
+rank, store, tied, dtype = int(sys.argv[1]), sys.argv[2], sys.argv[3] == "tied", getattr(torch, sys.argv[4])
 dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-whole, scorer = (Scorer(tiny_model(tied=tied)).eval().requires_grad_(False) for _ in range(2))
+whole, scorer = (Scorer(tiny_model(tied=tied).to(dtype)).eval().requires_grad_(False) for _ in range(2))
 teacher = ShardedScorer(scorer).to("cpu")
 held = [sum(p.to_local().numel() for p in scorer.parameters())]
-tokens = random_experience(5 + rank).rollout.tokens
+# Other rows and lengths on each process, and then nothing to score on the second.
+some = random_experience(5 + rank).rollout.tokens
+none = replace(some, mask=torch.zeros_like(some.mask)) if rank else some
 apart = 0.0
-for _ in range(2):
+for tokens in (some, none, some):
     found, expected = (s(tokens, Want(taken=True, entropy=True)) for s in (teacher, whole))
     apart = max(apart, (found.taken_logp - expected.taken_logp).abs().max().item())
     held.append(sum(p.to_local().numel() for p in teacher.to("cpu").scorer.parameters()))
@@ -81,12 +86,14 @@ def test_the_run_is_that_of_a_whole_teacher(strategy, tmp_path):
         assert not any(t.shape == tensor.shape and torch.equal(t, tensor) for t in taught)
 
 
-@pytest.mark.parametrize("head", ["tied", "untied"])
-def test_each_process_holds_half_between_its_forwards(head, tmp_path):
+@pytest.mark.parametrize(
+    ("head", "dtype"), [("tied", "float32"), ("untied", "float32"), ("tied", "bfloat16")]
+)
+def test_each_process_holds_half_between_its_forwards(head, dtype, tmp_path):
     paths = os.pathsep.join(path for path in sys.path if path)
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", HOLDS, str(rank), str(tmp_path / "store"), head],
+            [sys.executable, "-c", HOLDS, str(rank), str(tmp_path / "store"), head, dtype],
             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -94,7 +101,12 @@ def test_each_process_holds_half_between_its_forwards(head, tmp_path):
         )
         for rank in range(2)
     ]
-    done = [process.communicate(timeout=300) for process in processes]
+    # 5 s on an idle machine, and 48 s on one with seven times the work for its cores.
+    try:
+        done = [process.communicate(timeout=500) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     for process, (_, err) in zip(processes, done, strict=True):
         assert process.returncode == 0, err
     for found in (json.loads(out.splitlines()[-1]) for out, _ in done):
