@@ -68,7 +68,11 @@ class GlooWeightTransferEngine(WeightTransferEngine):
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """Load the tensors that come; vLLM's own method waits for a device that a CPU build has not."""
-        self.receive_weights(self.parse_update_info(update_info))
+        try:
+            self.receive_weights(self.parse_update_info(update_info))
+        except BaseException:
+            self.shutdown()  # or another worker, who is sent to by this one, would wait for it
+            raise
         if self.device.type != "cpu":
             torch.accelerator.synchronize()
 
