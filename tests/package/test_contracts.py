@@ -25,7 +25,7 @@ COMMANDS = {"train", "evaluate", "make_task", "toy_gamma", "choose_horizon", "se
 COMMANDS |= {"reporting", "building", "commands", "overrides", "plan", "preflight"}
 # Modules that may know Lightning: the two halves and what runs them.
 RUNNERS = {"processes", "module", "data", "assemble", "export", "callbacks", "optim", "strategies"}
-RUNNERS |= {"loggers", "resume"}
+RUNNERS |= {"loggers", "resume", "launching"}
 
 
 def modules() -> set[str]:
