@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from opd_lightning.errors import ConfigError
+from opd_lightning.errors import ConfigError, require
 from opd_lightning.resume.files import checkpoints, readable
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def find(wanted: str | None, config: Mapping[str, Any], folder: Path, depth: int
 
     Raises:
         ConfigError: a folder without a run, of one with another student, or of a finished one with fewer steps
-            and without a checkpoint.
+            and without a checkpoint; or no number of steps.
     """
     if wanted is None:
         return None
@@ -77,7 +77,7 @@ def forget() -> None:
 
 def _latest(config: Mapping[str, Any], folder: Path, depth: int) -> Earlier | None:
     if _saved(folder / "config.yaml") is not None:
-        return _of(folder, _planned(config), begin_anew=True)
+        return _named(folder, config)
     root = folder.parents[depth - 1] if depth else folder
     same = _comparable(config, folder)
     known = root.glob("/".join(["*"] * depth) + "/config.yaml") if depth else iter(())
@@ -160,7 +160,10 @@ def _of(folder: Path, planned: int, *, begin_anew: bool) -> Earlier | None:
 
 
 def _planned(config: Mapping[str, Any]) -> int:
-    return int(config["trainer"]["max_steps"])
+    steps = config["trainer"]["max_steps"]
+    whole = isinstance(steps, int) and not isinstance(steps, bool) and steps >= 1
+    require(whole, "trainer.max_steps", "be at least 1 optimizer step", steps, "use 320")
+    return int(steps)
 
 
 def _ended(folder: Path) -> int | None:

@@ -240,6 +240,21 @@ def test_what_cannot_go_on_is_refused(overrides, sentence, wholes, tmp_path):
     assert sentence in done.sentence
 
 
+def test_its_own_folder_is_refused_to_another_student_too(wholes, tmp_path):
+    folder = tmp_path / "run"
+    cut(wholes("default"), folder, 2)
+    done = here("train", *SHORT, "student.dtype=bfloat16", "resume=auto", folder=folder)
+    assert "`student.dtype` must be that of the run in" in done.sentence
+
+
+@pytest.mark.parametrize("steps", ["many", "null", "2.5", "true", "0"])
+def test_no_number_of_steps_is_a_sentence_with_resume_too(steps, wholes, tmp_path):
+    folder = tmp_path / "run"
+    cut(wholes("default"), folder, 2)
+    done = here("train", *SHORT, f"trainer.max_steps={steps}", "resume=auto", folder=folder)
+    assert "`trainer.max_steps` must be at least 1 optimizer step, got" in done.sentence
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_with_a_checkpoint(number, wholes, tmp_path):
     whole, folder = wholes("default"), tmp_path / "run"
