@@ -84,6 +84,12 @@ def eager(model: nn.Module) -> AbstractContextManager[None]:
     return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]
 
 
+def compute_dtype(of: Tensor | PreTrainedModel) -> torch.dtype:
+    """Return the dtype of a model's products, or of products with a tensor: under autocast not its own."""
+    kind = of.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else of.dtype
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Hold every module of ``model`` in evaluation mode; modules that were so before stay so after."""

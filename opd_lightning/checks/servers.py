@@ -41,11 +41,11 @@ def engine(engine: Engine, rollout: RolloutSampler, collector: Sizes) -> Iterato
     server = getattr(engine, "server", None)
     if server is None:
         return
-    folder = Path(getattr(engine, "folder", ""))
+    folder = getattr(engine, "folder", None)
     try:
         longest = server.longest()
     except ConfigError as error:
-        if (folder / "config.json").is_file():
+        if folder is None or (Path(folder) / "config.json").is_file():
             raise
         found = Finding.of(error)
         condition = "answer, unless this run is the one that leaves its folder for it"

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from opd_lightning.engine.cache import Cache, KeyValueCache
+from opd_lightning.layers import compute_dtype
 
 _FUSE_BELOW = 2**24
 """Weights up to this many elements a layer are copied side by side, to be applied in one product."""
@@ -183,12 +184,6 @@ class Decoder:
         mixed = F.scaled_dot_product_attention(q.to(keys.dtype), keys, values, attn_mask=mask)
         mixed = mixed.reshape(batch, 1, -1) if new == 1 else mixed.transpose(1, 2).reshape(batch, new, -1)
         return layer.out(mixed)
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype of products with ``x``, which under autocast is not its own."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -26,13 +26,13 @@ def address_towards(host: str, port: int) -> str:
         return str(probe.getsockname()[0])
 
 
-def free_port(address: str) -> int:
-    """Return a port of this machine's ``address`` that was free a moment ago.
+def free_port(address: str, port: int = 0) -> int:
+    """Return a port of this machine's ``address`` that was free a moment ago: ``port``, or any for 0.
 
     Raises:
-        OSError: the address is not this machine's.
+        OSError: the address is not this machine's, or the port is taken.
     """
-    with _bound(address, 0) as probe:
+    with _bound(address, port) as probe:
         return int(probe.getsockname()[1])
 
 

@@ -22,8 +22,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from opd_lightning.engine import cache
-from opd_lightning.engine.decoder import Decoder, State, compute_dtype
+from opd_lightning.engine.decoder import Decoder, State
 from opd_lightning.engine.recording import CudaGraphs, Record, plainly
+from opd_lightning.layers import compute_dtype
 
 _KEPT = 32
 """Recorded shapes that are kept, the latest used; a graph takes some megabytes."""

@@ -17,7 +17,7 @@ from opd_lightning.engine.transformers import TransformersEngine
 from opd_lightning.engine.vllm_adapter import Adapter, EngineSettings, check_installed, head_sizes
 from opd_lightning.engine.vllm_heads import WiderHeads, wider_heads
 from opd_lightning.errors import require
-from opd_lightning.layers import evaluating
+from opd_lightning.layers import compute_dtype, evaluating
 from opd_lightning.models import check_dtype
 from opd_lightning.types import Generation, PromptBatch, Sampling
 
@@ -203,9 +203,7 @@ class VllmEngine:
         )
 
     def _dtype(self, model: PreTrainedModel) -> str:
-        kind = model.device.type
-        used = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
-        return self.dtype or str(used).removeprefix("torch.")
+        return self.dtype or str(compute_dtype(model)).removeprefix("torch.")
 
     def _tolerance(self, model: PreTrainedModel) -> float:
         return tolerance_of(self.tolerance, self._dtype(model))

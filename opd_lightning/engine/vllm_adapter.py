@@ -1,4 +1,4 @@
-"""Everything that touches vLLM's interface (0.32), which moves between releases. It is imported when it is used.
+"""vLLM (0.32) in this process; what touches a server of it lies in ``vllm_*`` beside. Imported when it is used.
 
 Three facts that are silent where they are forgotten: weights must be sent with the tied head by its own name
 (the CPU build keeps a packed copy of it), the prefix cache holds keys and values of the weights before, and

@@ -24,9 +24,9 @@ from opd_lightning.engine.drawn import Record
 from opd_lightning.engine.transformers import TransformersEngine
 from opd_lightning.engine.vllm_heads import WiderHeads, wider_heads
 from opd_lightning.engine.vllm_http import FIRST, Restarted, Server, check_url
-from opd_lightning.engine.vllm_transfer import Gone, Transfer, check_transfer
+from opd_lightning.engine.vllm_transfer import Gone, Transfer, check_device, check_transfer
 from opd_lightning.errors import ConfigError, require
-from opd_lightning.layers import evaluating
+from opd_lightning.layers import compute_dtype, evaluating
 from opd_lightning.types import Generation, PromptBatch, Sampling
 
 _BLOCK = 128
@@ -68,7 +68,8 @@ class VllmServerEngine:
         folder: for the weights, the same path on the server's machine; with another ``transfer`` for the
             config.json alone that a server is started on, which None leaves out.
         transfer_address: host or host:port of this machine where the server's workers meet it for ``gloo`` and
-            ``nccl``; None for the address on the way to the server and a free port.
+            ``nccl``; None for the address on the way to the server and a free port. The tensors go over further
+            ports of both.
         head_dim: widen the attention heads with zeros to this size, for a server without a kernel for
             the student's own; None leaves them.
         in_flight: requests at once.
@@ -76,7 +77,8 @@ class VllmServerEngine:
         retries: of a request without an answer.
         check_every: sendings from one comparison to the next; 0 for the first alone. With adapters, unless it
             is 0, each is compared.
-        tolerance: largest difference of a log-prob in nats; None for 1e-3 in float32 and 0.3 in a half type.
+        tolerance: largest difference of a log-prob in nats; None for 1e-3 where the student computes in float32
+            and 0.3 in a half type, autocast's too.
         ahead: collections that are written before they are needed, by the weights of that time: while the
             student trains on the one before.
 
@@ -118,7 +120,10 @@ class VllmServerEngine:
 
     def bind(self, model: PreTrainedModel, version: int) -> None:
         """Draw for ``model``, whose weights have ``version`` optimizer steps behind them from now on."""
-        self._held.model, self._held.version = model, version
+        held = self._held
+        mine = held.model in (None, model)
+        require(mine, "engine", "draw for one student", "another one", "build an engine for each")
+        held.model, held.version = model, version
 
     def rest(self) -> None:
         """Do nothing: the server's memory is its own."""
@@ -184,7 +189,9 @@ class VllmServerEngine:
         )
         held.pushes += 1
         held.name = f"{held.run}-{held.pushes}"
-        self._send(model)
+        # As they are: autocast would round the adapters that are merged into them.
+        with torch.autocast(model.device.type, enabled=False):
+            self._send(model)
         held.state, held.arrived = wanted, held.name
         held.canary.settle(prompts, _BLOCK, held.longest)
         if due(model, held.pushes, self.check_every):
@@ -193,6 +200,11 @@ class VllmServerEngine:
     def _send(self, model: PreTrainedModel) -> None:
         """Have the server take the weights, by the name that they have by now."""
         held, server = self._held, self.server
+        check_device(self.transfer, model.device)
+        if model.device.type == "cuda":
+            torch.cuda.synchronize(
+                model.device
+            )  # another thread sends: its stream knows nothing of the optimizer's
         folder = self.write(model)
         held.longest = held.longest or server.longest()
         if self.transfer == "folder":
@@ -245,7 +257,7 @@ class VllmServerEngine:
         """Stop the run if the server computes something else than the trainer."""
         held = self._held
         draw = partial(self.server.draw, width=model.config.vocab_size, version=held.name)
-        allowed = tolerance_of(self.tolerance, str(model.dtype).removeprefix("torch."))
+        allowed = tolerance_of(self.tolerance, str(compute_dtype(model)).removeprefix("torch."))
         gap = held.gap = held.canary.gap(draw, model)
         if gap > allowed:
             self.server.forget()

@@ -38,6 +38,10 @@ BACKENDS = {"gloo": "opd_gloo", "nccl": "nccl", "ipc": "ipc"}
 """vLLM's names of what ``engine.transfer`` may be beside ``folder``."""
 
 
+_LEAVING_S = 6
+"""Longest wait for a group to be left; vLLM's NCCL takes up to 5 seconds."""
+
+
 class Gone(ConfigError):
     """The server left while it was sent weights. One that is back may be sent all of them again."""
 
@@ -75,7 +79,8 @@ class Transfer:
         """Leave the workers, who may be gone; the next sending meets them anew."""
         trainer, self._trainer = self._trainer, None
         if trainer is not None:
-            Beside(trainer.shutdown)  # which may wait for what is gone
+            # It may wait for what is gone; but a port that the user chose has to be free again.
+            Beside(trainer.shutdown).join(_LEAVING_S)
 
     def _open(self, source: Source) -> Trainer:
         if self.kind == "ipc":
@@ -84,18 +89,19 @@ class Transfer:
         seen = urlparse(self.server.url)
         host = host or address_towards(str(seen.hostname), seen.port or 80)
         try:
-            port = port or free_port(host)
+            port = free_port(host, port or 0)  # asked for before the server is told
         except OSError as error:
             raise ConfigError(
-                f"`engine.transfer_address` must be an address of this machine, got {host!r} ({error}); use null, or "
-                "one that `hostname -I` prints"
+                f"`engine.transfer_address` must be an address of this machine, and a port of it that is free, got "
+                f"{self.address or host!r} ({error}); use null, or one that `hostname -I` prints"
             ) from error
         size = 1 + self.server.workers()
         if self.kind == "gloo":
             return GlooTrainer.trainer_init(
                 host, port, size, self.server.timeout_s, client=self._client, source=source
             )
-        info = {"master_address": host, "master_port": port, "world_size": size}
+        # Not packed: that sends from streams of its own, which do not wait for what is still being computed.
+        info = {"master_address": host, "master_port": port, "world_size": size, "packed": False}
         return vllms_own("nccl", info, self._client, source)
 
     def _watched(self, act: Callable[[], Result]) -> Result:
@@ -113,7 +119,9 @@ class Transfer:
             self.forget()
             if isinstance(error, Refused):
                 raise self._refused(error) from error
-            if isinstance(error, (RuntimeError, OSError, Unanswered)):
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            if isinstance(error, (RuntimeError, OSError, AssertionError, Unanswered)):
                 raise self._ended(error) from error
             raise
 
@@ -129,7 +137,8 @@ class Transfer:
     def _refused(self, error: Refused) -> ConfigError:
         found = re.search(r"failed with error '(.*)', please check", error.said)
         reason = (found[1] if found else error.said)[:300]
-        if error.path != "/init_weight_transfer_engine":
+        flagged = error.path == "/init_weight_transfer_engine" or "INSECURE_SERIALIZATION" in reason
+        if not flagged:
             return ConfigError(
                 f"`engine.url` must be a vLLM server for this student, got {self.server.url!r}, which refuses its "
                 f"weights at {error.path} ({reason}); start it on the config.json in engine.folder"
@@ -144,6 +153,8 @@ def check_transfer(kind: str, url: str, address: str | None) -> None:
     """Raise ConfigError unless weights may go to ``url`` this way."""
     known = ("folder", *BACKENDS)
     require(kind in known, "engine.transfer", f"be one of {', '.join(known)}", kind, "use folder")
+    text = address is None or isinstance(address, str)
+    require(text, "engine.transfer_address", "be host or host:port", address, "use null")
     host, port = _place(address)
     require(
         kind in ("gloo", "nccl") or address is None,
@@ -175,6 +186,17 @@ def check_transfer(kind: str, url: str, address: str | None) -> None:
         f"be folder, gloo or nccl for the server at {url}, which is not on this machine",
         kind,
         "use engine.transfer=nccl",
+    )
+
+
+def check_device(kind: str, device: torch.device) -> None:
+    """Raise ConfigError where weights on ``device`` cannot be sent this way."""
+    require(
+        kind not in ("nccl", "ipc") or device.type == "cuda",
+        "engine.transfer",
+        "be folder or gloo for a student on the CPU",
+        kind,
+        "use trainer=gpu, or engine.transfer=gloo",
     )
 
 

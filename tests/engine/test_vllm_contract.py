@@ -29,13 +29,11 @@ class OverTcp:
         place = {"address": info.master_address, "port": info.master_port, "size": info.world_size}
         self.group = GlooGroup(**place, rank=0, timeout_s=30)
 
+    def broadcast(self, tensor, src, stream):
+        self.group.send(tensor)
+
     def destroy(self):
         self.group.close()
-
-
-def one_by_one(iterator, group, post_iter_func, **_):
-    for item in iterator:
-        group.group.send(post_iter_func(item))
 
 
 def test_vllms_nccl_trainer_sends_through_our_client_and_source(monkeypatch):
@@ -43,9 +41,10 @@ def test_vllms_nccl_trainer_sends_through_our_client_and_source(monkeypatch):
     from vllm.distributed.weight_transfer import nccl_engine
 
     monkeypatch.setattr(nccl_engine, "open_trainer_endpoint", OverTcp)
-    monkeypatch.setattr(nccl_engine, "packed_nccl_broadcast_producer", one_by_one)
+    monkeypatch.setattr("torch.cuda.current_stream", lambda: None)
     monkeypatch.setattr(vllm_transfer, "check_transfer", lambda *_: None)
-    monkeypatch.setattr("opd_lightning.engine.vllm_server.check_transfer", lambda *_: None)
+    for check in ("check_transfer", "check_device"):
+        monkeypatch.setattr(f"opd_lightning.engine.vllm_server.{check}", lambda *_: None)
     model, prompts = build("qwen3"), ragged((3, 9))
     with standing(config=model.config) as state:
         engine = engine_at(state, None, transfer="nccl", check_every=1)

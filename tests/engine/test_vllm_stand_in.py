@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
 from opd_lightning.errors import ConfigError
 from opd_lightning.lora import Lora
@@ -62,6 +63,25 @@ def test_with_adapters_each_sending_is_compared(lora, compared, make, folder, se
     words = rf"within engine\.tolerance.*after {compared} weight updates"
     with pytest.raises(ConfigError, match=words):
         engine.generate(model, prompts, FREE)
+
+
+def test_a_student_under_autocast_is_compared_as_it_computes_and_sent_as_it_is(make, folder, served):
+    """As in `trainer.precision=bf16-mixed`, where log-probs are those of bfloat16 and the weights float32."""
+    model, prompts = adapters(make("qwen3")), ragged((3, 9))
+    engine = engine_at(served, folder)
+    with torch.autocast("cpu", torch.bfloat16):
+        engine.generate(model, prompts, FREE)
+    assert 1e-3 < engine._held.gap < 0.3
+    got = engine.generate(model, prompts, FREE)
+    assert engine._held.pushes == 1
+    assert gap(model, prompts, got) < 1e-5
+
+
+def test_it_draws_for_one_student(make, folder, served):
+    engine = engine_at(served, folder)
+    engine.bind(make("qwen3"), 0)
+    with pytest.raises(ConfigError, match="`engine` must draw for one student"):
+        engine.bind(make("qwen3"), 1)
 
 
 def test_raw_log_probs_are_refused(make, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import pickle
+import socket
 import threading
 import time
 import tomllib
@@ -13,13 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from opd_lightning.checks import servers
 from opd_lightning.engine import vllm_transfer
 from opd_lightning.engine.copies import weights_of
 from opd_lightning.engine.gloo import GlooGroup, each_received, free_port
-from opd_lightning.engine.vllm_http import Server
+from opd_lightning.engine.vllm_http import Refused, Server
 from opd_lightning.engine.vllm_sending import Client, Source
 from opd_lightning.engine.vllm_server import VllmServerEngine
-from opd_lightning.engine.vllm_transfer import BACKENDS, check_transfer
+from opd_lightning.engine.vllm_transfer import BACKENDS, Transfer, check_transfer
 from opd_lightning.errors import ConfigError
 from opd_lightning.types import Sampling
 
@@ -65,6 +67,7 @@ def gpu(monkeypatch):
             {"transfer": "gloo", "transfer_address": "a:b"},
             r"`engine\.transfer_address` must be host or host:port",
         ),
+        ({"transfer": "gloo", "transfer_address": 5000}, r"must be host or host:port, got 5000"),
         ({"transfer": "gloo", "transfer_address": ":9"}, r"must be host or host:port"),
         ({"transfer": "gloo", "transfer_address": "a:65536"}, r"must be host or host:port"),
     ],
@@ -215,6 +218,7 @@ def test_a_server_without_the_backend_is_told_the_exact_flag(kind, model, gpu, m
     monkeypatch.setattr(threading, "excepthook", lambda *_: None)
     monkeypatch.setattr(vllm_transfer, "vllms_own", opened)
     monkeypatch.setattr("torch.cuda.current_device", lambda: None)
+    monkeypatch.setattr("opd_lightning.engine.vllm_server.check_device", lambda *_: None)
     with standing(refuses=("/init_weight_transfer_engine", said)) as state:
         begun = time.monotonic()
         with pytest.raises(ConfigError) as info:
@@ -225,6 +229,22 @@ def test_a_server_without_the_backend_is_told_the_exact_flag(kind, model, gpu, m
         assert ("VLLM_ALLOW_INSECURE_SERIALIZATION=1" in str(info.value)) == (kind == "ipc")
         assert state.asked[-1] == "/resume"
         assert state.version == "default"
+
+
+@pytest.mark.parametrize("kind", ["nccl", "ipc"])
+def test_a_student_on_the_cpu_is_not_sent_by_a_gpus_way(kind, model, served, gpu, monkeypatch):
+    monkeypatch.setattr("torch.cuda.current_device", lambda: None)
+    with pytest.raises(ConfigError, match=rf"for a student on the CPU, got '{kind}'; use trainer=gpu"):
+        engine_at(served, None, transfer=kind).follow(model, ragged((3,)))
+    assert served.asked == []
+
+
+def test_handles_that_the_server_does_not_open_name_the_flag(model, gpu):
+    said = "Set VLLM_ALLOW_INSECURE_SERIALIZATION=1 to load pickled handles"
+    transfer = Transfer("ipc", Server(url="http://127.0.0.1:8000", timeout_s=1, retries=0, in_flight=1), None)
+    told = str(transfer._refused(Refused("", "/update_weights", said)))
+    assert "`engine.transfer` must be what the server" in told
+    assert told.endswith("and VLLM_ALLOW_INSECURE_SERIALIZATION=1")
 
 
 def test_weights_that_are_refused_say_so(model):
@@ -260,7 +280,28 @@ def test_a_server_that_takes_nothing_ends_the_run_in_time(model, served, monkeyp
     assert served.version == engine._held.arrived
 
 
-def test_an_address_that_is_not_this_machines_is_named(model, served):
-    engine = engine_at(served, None, transfer_address="192.0.2.1")
-    with pytest.raises(ConfigError, match=r"`engine\.transfer_address` must be an address of this machine"):
+@pytest.mark.parametrize("address", ["192.0.2.1", "192.0.2.1:5000", "127.0.0.1:{taken}"])
+def test_an_address_that_nobody_can_be_met_at_is_named(address, model, served):
+    """Before the server waits there."""
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        named = address.format(taken=holder.getsockname()[1])
+        engine = engine_at(served, None, transfer_address=named)
+        words = rf"`engine\.transfer_address` must be an address of this machine.*got '{named}'"
+        with pytest.raises(ConfigError, match=words):
+            engine.follow(model, ragged((3,)))
+    assert "/init_weight_transfer_engine" not in served.asked
+
+
+def test_a_chosen_port_serves_again_and_again(model, served):
+    port = free_port("127.0.0.1")
+    for _ in range(2):
+        engine = engine_at(served, None, transfer_address=f"127.0.0.1:{port}")
         engine.follow(model, ragged((3,)))
+        engine._held.transfer.forget()
+
+
+def test_without_a_folder_a_silent_server_is_refused_before_the_run():
+    url = f"http://127.0.0.1:{free_port('127.0.0.1')}"
+    engine = VllmServerEngine(url=url, folder=None, transfer="gloo", retries=0, timeout_s=5)
+    with pytest.raises(ConfigError, match=rf"`engine\.url` must be a vLLM server.*{url}"):
+        list(servers.engine(engine, None, None))
