@@ -4,7 +4,7 @@ PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13,$(shell co
 VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
-WORKERS ?= 2  # processes of the default suite
+WORKERS ?= 2  # processes that share a suite
 export HF_HUB_DISABLE_PROGRESS_BARS ?= 1
 
 .PHONY: setup setup-dev train test test-slow test-vllm test-shapes notebook lint clean
@@ -29,7 +29,7 @@ test: setup-dev  ## the default suite
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not gpu and not vllm" $(ARGS)
 
 test-slow: setup-dev  ## whole runs, notebooks, the wheel, two processes
-	$(BIN)/python -m pytest -m "slow" $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "slow" $(ARGS)
 
 VLLM := .venv-vllm
 $(VLLM)/.ready: pyproject.toml
