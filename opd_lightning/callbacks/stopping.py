@@ -19,7 +19,8 @@ class StopWithCheckpoint(L.Callback):
     """Ends training behind an optimizer step after SIGTERM, SIGUSR1, Ctrl-C or a time limit.
 
     The checkpoint of that step is written, and the command leaves with exit code 128 + the signal's number, or
-    124 after a time limit. One process alone stops between generation and scoring too. Ctrl-C after any of them
+    124 after a time limit. In the evaluations before and after training a signal ends it behind a batch, and nothing
+    is written. One process alone stops between generation and scoring too. Ctrl-C after any of them
     ends the run where it is, within the writing of a checkpoint too, which is then left out; the next one kills.
     Another second signal of the same kind does what it would have done without.
 
@@ -48,13 +49,39 @@ class StopWithCheckpoint(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Listen to the signals, in place of Lightning, which would end a process at once or hang the others."""
         self._step = trainer.global_step
+        self._listen()
+        clock = getattr(getattr(getattr(trainer, "datamodule", None), "collector", None), "clock", None)
+        if clock is not None and trainer.world_size == 1:
+            clock.listeners.append(self._between_phases)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Listen in the evaluations before and after training too."""
+        if trainer.state.fn == "validate" and not self._before:
+            self._listen()
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Stop behind a batch of those, of which all processes have equally many; the time limit is of training."""
+        if trainer.state.fn == "validate":
+            self._stop(_largest(trainer, self._asked))
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Give the signals back behind those."""
+        if trainer.state.fn == "validate":
+            self.teardown(trainer, pl_module, "validate")
+
+    def _listen(self) -> None:
         try:
             self._before = {s: signal.signal(s, self._ask) for s in _SIGNALS}
         except ValueError:  # not the main thread: a notebook's or a test's own business
             self._before = {}
-        clock = getattr(getattr(getattr(trainer, "datamodule", None), "collector", None), "clock", None)
-        if clock is not None and trainer.world_size == 1:
-            clock.listeners.append(self._between_phases)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self._asked and number == signal.SIGINT:
@@ -75,11 +102,7 @@ class StopWithCheckpoint(L.Callback):
         if trainer.global_step == self._step:
             return
         self._step = trainer.global_step
-        wish = self._wish()
-        if trainer.world_size > 1:
-            wishes = torch.tensor([wish], device=trainer.strategy.root_device)
-            torch.distributed.all_reduce(wishes, torch.distributed.ReduceOp.MAX)
-            wish = int(wishes)
+        wish = _largest(trainer, self._wish())
         if trainer.global_step < trainer.max_steps:
             self._stop(wish)
 
@@ -100,6 +123,15 @@ class StopWithCheckpoint(L.Callback):
         for number, handler in self._before.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
         self._before = {}
+
+
+def _largest(trainer: L.Trainer, wish: int) -> int:
+    """Return the largest of all processes' wishes."""
+    if trainer.world_size == 1:
+        return wish
+    wishes = torch.tensor([wish], device=trainer.strategy.root_device)
+    torch.distributed.all_reduce(wishes, torch.distributed.ReduceOp.MAX)
+    return int(wishes)
 
 
 _LATE = 10_000

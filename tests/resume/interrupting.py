@@ -1,4 +1,4 @@
-"""A callback that sends its process SIGINT twice, for the tests of stopping."""
+"""Callbacks that send their process signals, for the tests of stopping."""
 
 from __future__ import annotations
 
@@ -68,3 +68,15 @@ class Twice(L.Callback):
                 return getattr(file, name)
 
         return Watched()  # type: ignore[return-value]
+
+
+class Evaluating(L.Callback):
+    """Sends SIGTERM in the evaluation outside of training after ``step`` optimizer steps."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_validation_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        """Send it."""
+        if trainer.state.fn == "validate" and trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)

@@ -281,6 +281,30 @@ def test_a_signal_ends_it_with_a_checkpoint(number, wholes, tmp_path):
     same_end(folder, whole)
 
 
+@pytest.mark.parametrize("step", [0, 8])
+def test_a_signal_in_the_first_or_last_evaluation_is_a_sentence(step, wholes, tmp_path):
+    """Before training nothing is saved, and after it the end is on the disk already."""
+    folder, hook = tmp_path / "run", "callbacks.evaluating"
+    process = start(
+        "train",
+        *SHORT,
+        "evaluation.every_steps=3",
+        *(f"+{hook}._target_=tests.resume.interrupting.Evaluating", f"+{hook}.step={step}"),
+        f"hydra.run.dir={folder}",
+        cwd=Path(__file__).parents[2],
+    )
+    done = end(process, folder)
+    assert done.code == 143, done.err
+    assert "Traceback" not in done.out + done.err
+    assert f"stopped by SIGTERM; the same command with resume={folder} goes on from" in done.err
+    assert not (folder / "summary.json").exists()
+    assert (folder / "checkpoints" / "step=8.ckpt").exists() == (step == 8)
+    done = here("train", *SHORT, "evaluation.every_steps=3", "resume=auto", folder=folder)
+    assert done.code == 0, done.err
+    one, other = (load_file(f / "student" / "model.safetensors") for f in (wholes("default"), folder))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 @pytest.mark.parametrize(
     ("within", "step", "goes_on"),
     [
