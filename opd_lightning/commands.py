@@ -25,9 +25,10 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from opd_lightning.errors import ConfigError, require
+from opd_lightning.errors import ConfigError, ProcessLost, RunStopped, require
 from opd_lightning.overrides import dictionaries_replace, explain, refuse_repeated
 from opd_lightning.paths import CONF_DIR
+from opd_lightning.processes import first_process
 from opd_lightning.redaction import hide
 
 
@@ -143,8 +144,8 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
     """Make a function of a configuration a command: Hydra's main for the configuration ``config_name``.
 
     A mistake of the user's, in a setting or in the command line itself, leaves one sentence on stderr and
-    exit code 2. A refused job of a multirun does not keep the others from running. Any other error keeps
-    its traceback, and with HYDRA_FULL_ERROR=1 a broken command line does too.
+    exit code 2, a lost process of a run 75. A refused job of a multirun does not keep the others from running.
+    Any other error keeps its traceback, and with HYDRA_FULL_ERROR=1 a broken command line does too.
     """
 
     def decorate(main: Callable[[DictConfig], Any]) -> Callable[[], None]:
@@ -165,7 +166,7 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
                 _say(sentence_of(error))
                 if HydraConfig.get().mode == RunMode.MULTIRUN:
                     raise
-                sys.exit(2)
+                sys.exit(_code(error))
 
         launch = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(job)
 
@@ -189,6 +190,14 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
         return run
 
     return decorate
+
+
+def _code(error: Exception) -> int:
+    """Return the exit code after an error of the user's; where all processes stop, the first one's is the run's."""
+    if isinstance(error, ProcessLost):
+        return error.code
+    # Its watcher would take another one that leaves earlier, by another code than 0, for lost.
+    return 2 if first_process() or not isinstance(error, RunStopped) else 0
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)

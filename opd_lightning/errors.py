@@ -33,7 +33,10 @@ class Hurried(Stopped):
 
 
 class ProcessLost(ConfigError):
-    """Another process of the run is gone. The commands print the sentence and exit with 2."""
+    """Another process of the run is gone. The commands print the sentence and exit with :attr:`code`."""
+
+    code = 75
+    """sysexits' EX_TEMPFAIL: the same command, started again, goes on."""
 
 
 def require(holds: bool, field: str, condition: str, value: Any, remedy: str) -> None:

@@ -72,7 +72,7 @@ def together(trainer: L.Trainer, folder: Path) -> Iterator[None]:
     except BaseException as error:
         over.set()
         said = _of_a_connection(error)
-        what = None if said is None else _lost_within(2.0, started) or f"no answer from one of them ({said})"
+        what = None if said is None else _lost_within(5.0, started) or f"no answer from one of them ({said})"
         _end(started())
         if what is not None:
             raise ProcessLost(_sentence(what, folder)) from error
@@ -93,9 +93,10 @@ def _watch(started: Started, folder: Path, over: threading.Event) -> None:
     while not over.wait(0.5):
         what = _lost(started())
         if what is not None and not over.wait(GRACE):
-            print(f"error: {_sentence(what, folder)}", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError, ValueError):  # nobody reads it any more, or it is closed
+                print(f"error: {_sentence(what, folder)}", file=sys.stderr, flush=True)
             _end(started(), seconds=0.0)
-            os._exit(2)
+            os._exit(ProcessLost.code)
 
 
 def _lost(started: Sequence[subprocess.Popen[bytes]]) -> str | None:
@@ -103,10 +104,17 @@ def _lost(started: Sequence[subprocess.Popen[bytes]]) -> str | None:
     for number, process in enumerate(started, 1):
         code = process.poll()
         if code:
-            how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            how = f"killed by {_name(-code)}" if code < 0 else f"ended with exit code {code}"
             return f"process {number} {how}"
     first = int(os.environ.get(_FIRST, os.getpid()))
     return None if first in (os.getpid(), os.getppid()) else "the first process gone"
+
+
+def _name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # one of the real-time signals has no name
+        return f"signal {number}"
 
 
 def _lost_within(seconds: float, started: Started) -> str | None:

@@ -184,7 +184,8 @@ def launched(config: DictConfig, overrides: list[str]) -> float | None:
         except Stopped as stop:
             if first_process():
                 print(f"stopped {stop.reason}; {way_on(folder)}", file=sys.stderr, flush=True)
-            sys.exit(stop.code)
+            # The first one's watcher would take another that leaves earlier by this code for lost.
+            sys.exit(stop.code if first_process() else 0)
 
 
 if __name__ == "__main__":

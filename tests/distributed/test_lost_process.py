@@ -69,7 +69,7 @@ def test_killed_while_the_first_process_writes_a_checkpoint(whole, tmp_path):
     begun = time.monotonic()
     dead = train(tmp_path / "run", *RUN, *kill("checkpoint", 2, 0.3, "1"))
     assert time.monotonic() - begun < 300
-    assert dead.code == 2, dead.err
+    assert dead.code == 75, dead.err
     assert (
         dead.err.count("error: the processes of a run must all stay alive, got process 1 killed by SIGKILL")
         == 1
@@ -106,7 +106,7 @@ def test_a_process_that_fails_alone_ends_the_run(tmp_path):
     """It waits for nobody to save with; the first process says what was lost, behind the sentence about why."""
     words = ["strategy=ddp", "callbacks.checkpoint.every_steps=9", "+callbacks.fail._target_=alone.Fail"]
     done = train(tmp_path / "run", *RUN, *words)
-    assert done.code == 2, done.err
+    assert done.code == 75, done.err
     assert "error: `disk` must have room, got none; free some\n" in done.err
     assert "got process 1 ended with exit code 2" in done.err
     assert "Traceback" not in done.err
@@ -133,7 +133,7 @@ def test_a_process_that_is_busy_is_ended_too():
     begun = time.monotonic()
     done = subprocess.run([sys.executable, "-c", WATCHED], capture_output=True, text=True)
     assert time.monotonic() - begun < 55
-    assert done.returncode == 2
+    assert done.returncode == 75
     assert "got process 1 killed by SIGKILL; look for" in done.stderr
     assert "resume=run goes on" in done.stderr
     for _ in range(100):
@@ -143,3 +143,10 @@ def test_a_process_that_is_busy_is_ended_too():
             return
         time.sleep(0.1)
     raise AssertionError("a process was left behind")
+
+
+def test_nobody_to_tell_keeps_none_alive():
+    """With standard error closed the process ends all the same."""
+    closed = WATCHED.replace("started[0].kill()", "sys.stderr.close(); started[0].send_signal(40)")
+    done = subprocess.run([sys.executable, "-c", closed], capture_output=True, text=True, timeout=55)
+    assert done.returncode == 75
