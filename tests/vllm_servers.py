@@ -50,7 +50,11 @@ def vllm_serving(model: Path | str, port: int, *flags: str, log: Path) -> Iterat
         yield process.pid
     finally:
         os.killpg(process.pid, signal.SIGTERM)
-        process.wait(60)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:  # in the middle of a sending vLLM may wait for its worker without end
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait(60)
 
 
 def _healthy(port: int) -> bool:
