@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -60,25 +61,45 @@ class WarmupDecay:
         return LambdaLR(optimizer, lambda step: self.factor(step, planned))
 
 
-_TOLD = ("lr", "betas", "momentum", "weight_decay", "eps")
-"""Settings of an optimizer that are no part of its state; others may be, as a count of steps is."""
+log = logging.getLogger(__name__)
+
+_TOLD = (
+    *("lr", "betas", "momentum", "weight_decay", "eps"),
+    *("dampening", "nesterov", "foreach", "maximize", "alpha", "rho"),
+)
+"""Settings of an optimizer that its state does not depend on; with ``fused`` counts of steps lie on another device."""
 
 
 def settings_of(optimizer: Optimizer) -> list[dict[str, Any]]:
     """Return the settings of each group of weights."""
-    return [{name: group[name] for name in _TOLD if name in group} for group in optimizer.param_groups]
+    return [
+        {name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups
+    ]
 
 
 def settle(optimizer: Optimizer, settings: Sequence[Mapping[str, Any]], schedule: LRScheduler | None) -> None:
     """Give an optimizer that took its state from a checkpoint these settings, in place.
 
     The learning rate is that of the schedule over the steps that are planned now; a schedule that computes it from
-    the one before keeps it.
+    the one before keeps it. Settings that the state may depend on, as ``amsgrad``, stay those of the checkpoint,
+    and are named where others were wanted.
     """
+    kept = {
+        name
+        for group, own in zip(optimizer.param_groups, settings, strict=False)
+        for name, value in own.items()
+        if name not in (*_TOLD, "initial_lr") and name in group and group[name] != value
+    }
+    if kept:
+        log.warning("the optimizer keeps its checkpoint's settings of %s", ", ".join(sorted(kept)))
     for index, (group, own) in enumerate(zip(optimizer.param_groups, settings, strict=False)):
         follows = isinstance(schedule, LambdaLR)
         group.update(
-            {name: value for name, value in own.items() if name != "lr" or schedule is None or follows}
+            {
+                name: value
+                for name, value in own.items()
+                if name in _TOLD and (name != "lr" or schedule is None or follows)
+            }
         )
         if isinstance(schedule, LambdaLR):
             schedule.base_lrs[index] = group["initial_lr"] = own["lr"]

@@ -112,7 +112,7 @@ def memory(
     """Refuse what is held all the time where it exceeds the memory; warn where the estimated peak comes near.
 
     Weights, gradients and the optimizer's state are known; activations are an estimate of
-    :mod:`opd_lightning.planning`, which may be a tenth too low.
+    :mod:`opd_lightning.planning`, which single processes exceeded by up to 15 % where it was measured.
     """
     trainer = values["trainer"]
     if any(model.get("trust_remote_code") for model in (values["student"], values["teacher"])):
