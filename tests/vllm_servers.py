@@ -52,7 +52,9 @@ def vllm_serving(model: Path | str, port: int, *flags: str, log: Path) -> Iterat
         os.killpg(process.pid, signal.SIGTERM)
         try:
             process.wait(60)
-        except subprocess.TimeoutExpired:  # in the middle of a sending vLLM may wait for its worker without end
+        except (
+            subprocess.TimeoutExpired
+        ):  # in the middle of a sending vLLM may wait for its worker without end
             os.killpg(process.pid, signal.SIGKILL)
             process.wait(60)
 
